@@ -1,0 +1,33 @@
+"""How both commands end: 0 done, 1 it failed, 2 you asked wrongly; one sentence for a person's mistake."""
+
+from __future__ import annotations
+
+import errno
+import sys
+from typing import Any
+
+import click
+
+from storage_schemas.errors import CacheError, RequestError
+
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
+
+
+class Group(click.Group):
+    """A click group that turns a person's mistake into one sentence on stderr and exit code 2."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (RequestError, CacheError) as error:
+            _complain(str(error))
+        except OSError as error:
+            if error.errno not in _DISK_ERRORS:
+                raise
+            _complain(f"{error.filename or 'the output'}: {error.strerror}; make room or choose another place, and run it again")
+        ctx.exit(2)
+
+
+def _complain(sentence: str) -> None:
+    click.echo(f"error: {sentence}", err=True)
+    sys.stderr.flush()

@@ -34,13 +34,17 @@ def load_settings(model: type[S], *, path: str | None = None, overrides: Sequenc
         try:
             table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
-            raise RequestError(f"cannot read the configuration {path}: {error.strerror}; give --config a file") from error
+            raise RequestError(
+                f"cannot read the configuration {path}: {error.strerror}; give --config a file"
+            ) from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise RequestError(f"the configuration {path} is not valid TOML: {error}; mend it there") from error
     for override in overrides:
         name, equals, text = override.partition("=")
         if not equals or not all(name.split(".")):
-            raise RequestError(f"expected section.key=value, got {override!r}; for example --set corpus.max_length=1024")
+            raise RequestError(
+                f"expected section.key=value, got {override!r}; for example --set corpus.max_length=1024"
+            )
         _assign(table, name.split("."), _parse_value(text), override)
     return validate_settings(model, table)
 
@@ -69,7 +73,9 @@ def _assign(table: dict[str, Any], keys: Sequence[str], value: Any, override: st
     for key in keys[:-1]:
         table = table.setdefault(key, {})
         if not isinstance(table, dict):
-            raise RequestError(f"{override!r} goes into {key!r}, which is a value and not a table; name a key beside it")
+            raise RequestError(
+                f"{override!r} goes into {key!r}, which is a value and not a table; name a key beside it"
+            )
     table[keys[-1]] = value
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import sys
 from typing import Any
 
 import click
@@ -20,14 +19,10 @@ class Group(click.Group):
         try:
             return super().invoke(ctx)
         except (RequestError, CacheError) as error:
-            _complain(str(error))
+            sentence = str(error)
         except OSError as error:
             if error.errno not in _DISK_ERRORS:
                 raise
-            _complain(f"{error.filename or 'the output'}: {error.strerror}; make room or choose another place, and run it again")
-        ctx.exit(2)
-
-
-def _complain(sentence: str) -> None:
-    click.echo(f"error: {sentence}", err=True)
-    sys.stderr.flush()
+            sentence = f"{error.filename or 'the output'}: {error.strerror}; make room or choose another place"
+        click.echo(f"error: {sentence}", err=True)
+        return ctx.exit(2)

@@ -1,0 +1,89 @@
+"""Which columns of a dataset make a document, in TRL's formats."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import pyarrow as pa
+
+from cache_builder.corpus_settings import CorpusSettings
+from storage_schemas.errors import RequestError
+
+Format = Literal["text", "messages", "prompt_completion", "input_ids"]
+
+MASK_COLUMNS = ("completion_mask", "assistant_masks", "labels")
+TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The format, the columns that hold the document (`chat`: as messages), and those `beside` them that shape its
+    rendering or its mask."""
+
+    format: Format
+    content: tuple[str, ...]
+    chat: bool
+    beside: tuple[str, ...] = ()
+    id_column: str | None = None
+
+    @property
+    def used(self) -> tuple[str, ...]:
+        """Every column that decides what a document is; the id is not among them."""
+        return (*self.content, *self.beside)
+
+
+def find_columns(schema: Mapping[str, pa.DataType], settings: CorpusSettings) -> Columns:
+    """The columns to read, by the settings or, without them, by TRL's names in TRL's precedence.
+
+    Raises RequestError naming the columns there are.
+    """
+    there = f"the dataset {settings.dataset!r} has the columns {', '.join(schema)}"
+    for setting in ("text_column", "id_column"):
+        name = getattr(settings, setting)
+        if name is not None and name not in schema:
+            raise RequestError(f"there is no column {name!r}: {there}; set {setting} to one of them")
+    format_, content = _choose(schema, settings, there)
+    chat = format_ in ("messages", "prompt_completion") and not _is_text(schema[content[0]])
+    beside: tuple[str, ...] = TEMPLATE_COLUMNS if chat else ()
+    if format_ == "input_ids":
+        beside = (*MASK_COLUMNS, "attention_mask")
+    return Columns(format_, content, chat, tuple(name for name in beside if name in schema), settings.id_column)
+
+
+def _choose(schema: Mapping[str, pa.DataType], settings: CorpusSettings, there: str) -> tuple[Format, tuple[str, ...]]:
+    if settings.text_column is not None:
+        return _format_of(schema[settings.text_column]), (settings.text_column,)
+    if "prompt" in schema and "completion" in schema and "input_ids" not in schema:
+        if _is_text(schema["prompt"]) != _is_text(schema["completion"]):
+            raise RequestError("expected prompt and completion to be both strings or both message lists; convert one")
+        return "prompt_completion", ("prompt", "completion")
+    expected: tuple[Format, ...] = ("input_ids", "messages", "text")
+    for name in expected:
+        if name in schema:
+            if _format_of(schema[name]) != name:
+                raise RequestError(
+                    f"the column {name!r} holds {schema[name]}, which is no {name}; set text_column or convert it"
+                )
+            return name, (name,)
+    raise RequestError(
+        f"expected a column text, messages or input_ids, or the two prompt and completion: {there}; set text_column"
+    )
+
+
+def _format_of(kind: pa.DataType) -> Format:
+    if _is_text(kind):
+        return "text"
+    if (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and pa.types.is_integer(kind.value_type):
+        return "input_ids"
+    return "messages"
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(
+        pa.types.is_string(kind)
+        or pa.types.is_large_string(kind)
+        or pa.types.is_string_view(kind)
+        or pa.types.is_null(kind)
+    )

@@ -86,8 +86,9 @@ class CaptureIdentity(Document):
 
 
 class CacheIdentity(Document):
-    """What must agree for two caches to be one."""
+    """identity.json: what must agree for two caches to be one."""
 
+    format: Literal["logitcask"] = "logitcask"
     schema_version: PositiveInt = SCHEMA_VERSION
     teacher: TeacherIdentity
     tokenizer: TokenizerIdentity
@@ -100,11 +101,10 @@ class CacheIdentity(Document):
         return RowLayout(self.capture.top_k, self.tokenizer.vocab_size, self.capture.extras)
 
 
-class IdentityFile(Document):
-    """identity.json. Provenance (engine, versions, hardware, arguments) is recorded and never refused."""
+class Provenance(Document):
+    """provenance.json: engine, versions, hardware. Recorded, warned about when it differs, never refused."""
 
     format: Literal["logitcask"] = "logitcask"
-    identity: CacheIdentity
     provenance: dict[str, str]
 
 

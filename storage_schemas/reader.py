@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from storage_schemas.codecs import check_codec_version, decode_sequence
-from storage_schemas.errors import CacheError, CorruptShard, IncompleteCache
-from storage_schemas.manifest import CacheIdentity, IdentityFile, Manifest, ShardEntry, ShardIndex, parse_document
+from storage_schemas.errors import CorruptShard, IncompleteCache
+from storage_schemas.manifest import CacheIdentity, Manifest, Provenance, ShardEntry, ShardIndex, parse_document
 from storage_schemas.records import SequenceTopK, find_defect
 from storage_schemas.storage import Storage, check_name, open_storage
 
@@ -28,12 +28,9 @@ class CacheReader:
     a decompressor before its raw range has passed the CRC-32C of an index that the manifest vouches for.
     """
 
-    def __init__(
-        self, storage: Storage, identity: CacheIdentity, provenance: dict[str, str], manifest: Manifest
-    ) -> None:
+    def __init__(self, storage: Storage, identity: CacheIdentity, manifest: Manifest) -> None:
         self.storage = storage
         self.identity = identity
-        self.provenance = provenance
         self.manifest = manifest
         self._codec = check_codec_version(identity.codec)
         self._layout = identity.layout
@@ -48,12 +45,9 @@ class CacheReader:
             content = storage.get("identity.json")
         except FileNotFoundError as error:
             raise IncompleteCache(f"{url} has no identity.json; restore it from a copy of this cache") from error
-        if hashlib.sha256(_identity_bytes(content)).hexdigest() != manifest.identity_sha256:
-            raise CorruptShard(
-                f"{url}/identity.json is not the one its manifest was written for; restore it from a copy"
-            )
-        parsed = parse_document(IdentityFile, content, "identity.json")
-        reader = cls(storage, parsed.identity, parsed.provenance, manifest)
+        if hashlib.sha256(content).hexdigest() != manifest.identity_sha256:
+            raise CorruptShard(f"{url}/identity.json is not the one its manifest vouches for; restore it from a copy")
+        reader = cls(storage, parse_document(CacheIdentity, content, "identity.json"), manifest)
         reader._check_files()
         return reader
 
@@ -63,6 +57,14 @@ class CacheReader:
     @property
     def url(self) -> str:
         return self.storage.url
+
+    @property
+    def provenance(self) -> dict[str, str]:
+        """What scored the first shard, as far as it was recorded: the manifest does not vouch for it."""
+        try:
+            return parse_document(Provenance, self.storage.get("provenance.json"), "provenance.json").provenance
+        except FileNotFoundError:
+            return {}
 
     @property
     def token_count(self) -> int:
@@ -173,13 +175,6 @@ _REMEDY = "restore that file from a copy, or build the cache again"
 def _mass_tolerance(bound: float) -> float:
     """Rows moved by at most `bound` nats sum to within exp(bound) − 1 of 1; float16 tails and rounding on top."""
     return float(np.expm1(min(bound, 50.0))) + 1e-2
-
-
-def _identity_bytes(content: bytes) -> bytes:
-    try:
-        return parse_document(IdentityFile, content, "identity.json").identity.to_json()
-    except CacheError as error:
-        raise CorruptShard(f"identity.json is damaged; restore it from a copy ({error})") from error
 
 
 def _newest_manifest(storage: Storage) -> Manifest:

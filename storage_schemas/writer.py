@@ -13,9 +13,9 @@ from storage_schemas.containers import StoredSequence, get_container
 from storage_schemas.errors import CorruptShard, IdentityMismatch, RequestError
 from storage_schemas.manifest import (
     CacheIdentity,
-    IdentityFile,
     Manifest,
     Plan,
+    Provenance,
     Scalar,
     Segment,
     ShardEntry,
@@ -28,7 +28,7 @@ from storage_schemas.storage import Storage, open_storage
 
 logger = logging.getLogger(__name__)
 
-_PLAN = "plan.json"
+_IDENTITY, _PROVENANCE, _PLAN = "identity.json", "provenance.json", "plan.json"
 
 
 class CacheWriter:
@@ -45,22 +45,27 @@ class CacheWriter:
         self._container = get_container(identity.container)
 
     @classmethod
-    def open(cls, url: str, identity: CacheIdentity, provenance: Mapping[str, str]) -> CacheWriter:
+    def open(cls, url: str, identity: CacheIdentity) -> CacheWriter:
         """The writer of a new cache, or of one begun with the same identity.
 
         Raises IdentityMismatch naming every field that differs, both values and the remedy; nothing is written then.
-        Another provenance is a warning.
         """
         storage = open_storage(url)
-        ours = IdentityFile(identity=identity, provenance=dict(provenance))
-        if not storage.put_new("identity.json", ours.to_json()):
-            theirs = parse_document(IdentityFile, storage.get("identity.json"), "identity.json")
-            differences = describe_differences(theirs.identity.model_dump(), identity.model_dump())
+        if not storage.put_new(_IDENTITY, identity.to_json()):
+            stored = parse_document(CacheIdentity, storage.get(_IDENTITY), _IDENTITY)
+            differences = describe_differences(stored.model_dump(), identity.model_dump())
             if differences:
                 raise _mismatch(url, differences)
-            for difference in describe_differences(theirs.provenance, ours.provenance):
-                logger.warning("provenance of %s differs, which may change low bits: %s", url, difference)
         return cls(storage, identity)
+
+    def record_provenance(self, provenance: Mapping[str, str]) -> None:
+        """Store what is about to score the first shard; a warning names each thing that differs from what did."""
+        ours = Provenance(provenance=dict(provenance))
+        if self.storage.put_new(_PROVENANCE, ours.to_json()):
+            return
+        stored = parse_document(Provenance, self.storage.get(_PROVENANCE), _PROVENANCE)
+        for difference in describe_differences(stored.provenance, ours.provenance):
+            logger.warning("resuming %s on something else, which may change low bits: %s", self.storage.url, difference)
 
     def plan(self, segment: Mapping[str, Scalar]) -> Plan | None:
         """The stored plan, or None where there is none yet. Raises IdentityMismatch where it is of another corpus."""

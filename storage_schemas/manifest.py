@@ -109,25 +109,29 @@ class Provenance(Document):
 
 
 class ShardPlan(Document):
-    """Documents start_document ≤ i < stop_document, rendered into `sequences` of `tokens` in all."""
+    """Documents [start, stop) of the corpus and what they render to. digest: SHA-256 over the sequences' ids, tokens
+    and masks."""
 
-    start_document: NonNegativeInt
-    stop_document: PositiveInt
-    sequences: NonNegativeInt
-    tokens: NonNegativeInt
+    start: NonNegativeInt
+    stop: PositiveInt
+    sequences: PositiveInt
+    tokens: PositiveInt
+    targets: NonNegativeInt
     digest: Digest
 
 
 class Plan(Document):
     """plan.json: a corpus as ranges of documents, fixed before the first shard and by the corpus alone.
 
-    segment: what the corpus is, flat. counts: documents cut, split, skipped and the like.
+    segment: what the corpus is, flat. counts: documents cut, split, skipped and the like. digest: as a shard's, over
+    all sequences; it does not depend on where the shards end.
     """
 
     format: Literal["logitcask"] = "logitcask"
     schema_version: PositiveInt = SCHEMA_VERSION
     segment: dict[str, Scalar]
     counts: dict[str, int]
+    digest: Digest
     shards: tuple[ShardPlan, ...]
 
     @property

@@ -41,6 +41,9 @@ class CacheWriter:
     def __init__(self, storage: Storage, identity: CacheIdentity) -> None:
         self.storage = storage
         self.identity = identity
+        self.committed_tokens = 0
+        self.committed_bytes = 0
+        """What this writer has encoded, of its shards and their indexes: for progress."""
         self._codec = get_codec(identity.codec)
         self._container = get_container(identity.container)
 
@@ -88,8 +91,9 @@ class CacheWriter:
         assert stored is not None
         return stored
 
-    def is_sealed(self) -> bool:
-        return any(name.startswith("manifest-") for name in self.storage.sizes())
+    def total_bytes(self) -> int:
+        """Bytes of every file of the cache as it stands."""
+        return sum(self.storage.sizes().values()) + sum(self.storage.sizes("shards").values())
 
     def pending(self, plan: Plan) -> list[int]:
         """Ordinals of the shards that no one has committed yet."""
@@ -121,6 +125,8 @@ class CacheWriter:
             lengths=tuple(len(row.payload) for row in rows),
             crc32c=tuple(google_crc32c.value(row.payload) for row in rows),
         )
+        self.committed_tokens += sum(index.tokens)
+        self.committed_bytes += len(content) + len(index.to_json())
         self.storage.put_new(index.file, content)
         if self.storage.put_new(_index_name(ordinal), index.to_json()):
             return True

@@ -1,0 +1,140 @@
+"""documents → cache: the main flow, top to bottom."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+
+from tqdm import tqdm
+
+from cache_builder.config import BuildSettings
+from cache_builder.corpus import Corpus, describe_segment, plan_shards
+from cache_builder.engine import Capture
+from cache_builder.engine_settings import EngineSettings, open_engine
+from cache_builder.teacher import Teacher, find_teacher
+from storage_schemas.codecs import get_codec
+from storage_schemas.errors import RequestError
+from storage_schemas.manifest import CacheIdentity, CaptureIdentity, Plan, ShardPlan
+from storage_schemas.writer import CacheWriter
+
+
+@dataclass(frozen=True)
+class BuildResult:
+    """What a build did. bytes: of every file of the cache. seconds: of this run, the engine's start included."""
+
+    output: str
+    sealed: bool
+    shards_built: int
+    shards: int
+    sequences: int
+    tokens: int
+    bytes: int
+    seconds: float
+    counts: dict[str, int]
+
+    @property
+    def bytes_per_token(self) -> float:
+        return self.bytes / self.tokens
+
+
+def run(settings: BuildSettings, *, progress: bool = True) -> BuildResult:
+    """Build the cache that the settings describe, or what is missing of it.
+
+    Raises RequestError for settings that cannot be met, IdentityMismatch where the output holds another cache; neither
+    changes what is there.
+    """
+    started = time.monotonic()
+    get_codec(settings.cache.codec)
+    teacher = find_teacher(settings.engine)
+    identity = _identify(settings, teacher)
+    corpus = Corpus.open(settings.corpus, teacher.tokenizer, teacher.tokenizer_identity.vocab_size)
+    writer = CacheWriter.open(settings.cache.output, identity)
+    plan = _find_plan(writer, corpus, settings.cache.shard_tokens, progress=progress)
+    pending = writer.pending(plan)
+    if pending:
+        capture = Capture(identity.capture.top_k, identity.tokenizer.vocab_size, identity.capture.extras)
+        _score_shards(writer, corpus, plan, pending, capture, teacher.engine, _arguments(settings), progress=progress)
+    sealed = writer.seal(plan) is not None
+    return BuildResult(
+        output=settings.cache.output,
+        sealed=sealed,
+        shards_built=len(pending),
+        shards=len(plan.shards),
+        sequences=plan.sequences,
+        tokens=plan.tokens,
+        bytes=writer.total_bytes(),
+        seconds=time.monotonic() - started,
+        counts=plan.counts,
+    )
+
+
+def _identify(settings: BuildSettings, teacher: Teacher) -> CacheIdentity:
+    if settings.cache.top_k > teacher.tokenizer_identity.vocab_size:
+        raise RequestError(
+            f"expected top_k of at most the vocabulary's {teacher.tokenizer_identity.vocab_size} ids, "
+            f"got {settings.cache.top_k}; 64 is usual"
+        )
+    return CacheIdentity(
+        teacher=teacher.identity,
+        tokenizer=teacher.tokenizer_identity,
+        capture=CaptureIdentity(top_k=settings.cache.top_k, extras=tuple(sorted(settings.cache.extras))),
+        codec=settings.cache.codec,
+        container=settings.cache.format,
+    )
+
+
+def _arguments(settings: BuildSettings) -> dict[str, str]:
+    """The resolved settings, less where the cache goes: a copy of a cache is the same cache."""
+    return {
+        "logitcask": version("logitcask"),
+        "arguments": settings.model_dump_json(exclude={"cache": {"output"}}, exclude_none=True),
+    }
+
+
+def _find_plan(writer: CacheWriter, corpus: Corpus, shard_tokens: int, *, progress: bool) -> Plan:
+    """The stored plan of this corpus; made now, by one pass over the documents, where there is none."""
+    segment = describe_segment(corpus, shard_tokens)
+    stored = writer.plan(segment)
+    if stored is not None:
+        return stored
+    with tqdm(total=len(corpus), desc="tokenising", unit="doc", disable=not progress) as bar:
+        made = plan_shards(corpus, shard_tokens, progress=bar.update)
+    return writer.store_plan(
+        Plan(
+            segment=segment,
+            counts=dataclasses.asdict(made.counts),
+            digest=made.digest,
+            shards=tuple(ShardPlan(**shard.model_dump()) for shard in made.shards),
+        )
+    )
+
+
+def _score_shards(
+    writer: CacheWriter,
+    corpus: Corpus,
+    plan: Plan,
+    pending: list[int],
+    capture: Capture,
+    settings: EngineSettings,
+    provenance: dict[str, str],
+    *,
+    progress: bool,
+) -> None:
+    longest = corpus.settings.max_length
+    if settings.max_model_len is None:
+        settings = settings.model_copy(update={"max_model_len": longest})
+    engine = open_engine(settings, capture)
+    try:
+        writer.record_provenance({**engine.provenance(), **provenance})
+        done = plan.tokens - sum(plan.shards[ordinal].tokens for ordinal in pending)
+        with tqdm(total=plan.tokens, initial=done, unit="tok", unit_scale=True, disable=not progress) as bar:
+            for ordinal in pending:
+                bar.set_description(f"shard {ordinal + 1}/{len(plan.shards)}")
+                sequences = corpus.sequences(plan.shards[ordinal])
+                writer.commit(ordinal, engine.score(sequences))
+                bar.set_postfix_str(f"{writer.committed_bytes / writer.committed_tokens:.0f} B/tok", refresh=False)
+                bar.update(plan.shards[ordinal].tokens)
+    finally:
+        engine.close()

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cache_builder.columns import Columns, find_columns
+from cache_builder.columns import find_columns
 from cache_builder.corpus_plan import CorpusCounts, CorpusPlan, ShardRange, plan_shards, serialise_sequence
 from cache_builder.corpus_settings import CorpusSettings
 from cache_builder.rendering import RenderedDocument, Renderer
@@ -36,7 +37,7 @@ BATCH_DOCUMENTS = 64
 
 
 class Corpus:
-    """Documents with random access; made by `Corpus.open`.
+    """Documents with random access; `Corpus.open` makes one of settings alone.
 
     Memory does not grow with the corpus: rows stay in the memory map of `datasets`.
     """
@@ -44,22 +45,22 @@ class Corpus:
     def __init__(
         self,
         dataset: Dataset,
-        renderer: Renderer,
-        columns: Columns,
         settings: CorpusSettings,
-        *,
+        tokenizer: PreTrainedTokenizerBase,
         vocab_size: int,
-        segment: int,
-        digest: str | None,
+        segment: int = 0,
+        digest: str | None = None,
     ) -> None:
-        names = columns.used if columns.id_column in (None, *columns.used) else (*columns.used, columns.id_column)
-        self._dataset = dataset.select_columns(list(names))
-        self._renderer = renderer
-        self._vocab_size = vocab_size
-        self._segment = segment
-        self.columns = columns
+        """A corpus of rows that are open already; `digest` is their source's. Arguments and errors as in `open`."""
+        schema = dataset.features.arrow_schema
+        self.columns = find_columns({field.name: field.type for field in schema}, settings)
         self.settings = settings
         self.source_digest = digest
+        names = dict.fromkeys((*self.columns.used, self.columns.id_column or self.columns.used[0]))
+        self._dataset = dataset.select_columns(list(names))
+        self._renderer = Renderer(tokenizer, self.columns, settings)
+        self._vocab_size = vocab_size
+        self._segment = segment
 
     @classmethod
     def open(
@@ -72,11 +73,13 @@ class Corpus:
         tokenizer has no template.
         """
         digest = source_digest(settings)
-        dataset = open_dataset(settings, digest)
-        schema = dataset.features.arrow_schema
-        columns = find_columns({field.name: field.type for field in schema}, settings)
-        renderer = Renderer(tokenizer, columns, settings)
-        return cls(dataset, renderer, columns, settings, vocab_size=vocab_size, segment=segment, digest=digest)
+        if digest is None:
+            warnings.warn(
+                f"the hub could not be asked for the commit of {settings.dataset!r}; that it has changed will only be "
+                "noticed when a shard is rendered; set revision to a commit",
+                stacklevel=2,
+            )
+        return cls(open_dataset(settings, digest), settings, tokenizer, vocab_size, segment, digest)
 
     def __len__(self) -> int:
         return len(self._dataset)

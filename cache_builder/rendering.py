@@ -170,8 +170,9 @@ class Renderer:
         offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
         starts, ends = offsets[:, 0], offsets[:, 1]
         if self._leading_spaces is not None:
-            before = np.concatenate(([0], ends[:-1]))
-            starts = np.maximum(starts - self._leading_spaces[ids], before)
+            spaces = self._leading_spaces[ids]
+            before = np.concatenate(([0], ends[:-1]))  # a space that the tokenizer put in front is not in the text
+            starts = np.where(spaces > 0, np.maximum(starts - spaces, before), starts)
         if self._added_tokens:
             own = np.flatnonzero(np.array(encoding.special_tokens_mask) == 0)
             first, last = (int(own[0]), int(own[-1])) if len(own) else (len(ids), len(ids))

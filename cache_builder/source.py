@@ -254,7 +254,7 @@ def _resolve_commit(settings: CorpusSettings) -> str | None:
         return None if commit is None else str(commit)
     except HfHubHTTPError:  # no such name or revision, or no access: loading it says so in a sentence
         return None
-    except (OSError, ValueError):  # offline, or no valid hub name
+    except Exception:  # out of reach, or no valid hub name: what the client's HTTP library raises has no common kind
         folder = "datasets--" + settings.dataset.replace("/", "--")
         reference = Path(HF_HUB_CACHE, folder, "refs", settings.revision or "main")
         return reference.read_text().strip() if reference.is_file() else None

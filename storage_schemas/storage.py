@@ -108,29 +108,29 @@ def _create_file(target: Path, content: bytes) -> bool:
     if target.exists():
         return False
     temporary: Path | None = None
-    try:
-        descriptor = os.open(target.parent, os.O_TMPFILE | os.O_WRONLY, 0o644)
-    except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT):
-            raise
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
-        descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-    try:
-        view = memoryview(content)
-        while view:
-            view = view[os.write(descriptor, view) :]
-        os.fsync(descriptor)
-        try:
-            os.link(temporary or f"/proc/self/fd/{descriptor}", target, follow_symlinks=True)
-        except FileExistsError:
-            return False
-    finally:
-        os.close(descriptor)
-        if temporary is not None:
-            temporary.unlink()
     directory = os.open(target.parent, os.O_RDONLY)
     try:
+        try:
+            descriptor = os.open(target.parent, os.O_TMPFILE | os.O_WRONLY, 0o644)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT):
+                raise
+            temporary = target.with_name(f".{target.name}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
+            descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+        try:
+            view = memoryview(content)
+            while view:
+                view = view[os.write(descriptor, view) :]
+            os.fsync(descriptor)
+            # A directory descriptor makes Python call linkat(), which follows the link in /proc; link() does not.
+            os.link(temporary or f"/proc/self/fd/{descriptor}", target, src_dir_fd=directory)
+        except FileExistsError:
+            return False
+        finally:
+            os.close(descriptor)
         os.fsync(directory)
     finally:
         os.close(directory)
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
     return True

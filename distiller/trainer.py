@@ -19,8 +19,9 @@ from transformers.trainer_callback import ExportableState
 from distiller.collate import Collator
 from distiller.evaluate import measure_rows, metrics
 from distiller.objectives import Objective
+from distiller.packing import check_packing, wants_flat_rows
 from distiller.stream import CacheDataset, WindowShuffleSampler
-from distiller.student import inner_model, install_loss
+from distiller.student import install_loss
 from storage_schemas.errors import RequestError
 
 UNSUPPORTED_ARGUMENTS = {
@@ -75,10 +76,12 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         self.data_wait_seconds = 0.0
         self._sums: dict[str, torch.Tensor] = {}
         self._since_log: dict[str, float] = {}
+        if train_dataset.packing:
+            check_packing(model)
         install_loss(model, objective, train_dataset.vocab_size, chunk_rows=chunk_rows)
         collator = kwargs.pop("data_collator", None) or Collator(
             packed=train_dataset.packing,
-            flatten=train_dataset.packing and _wants_flat_rows(model),
+            flatten=train_dataset.packing and wants_flat_rows(model),
         )
         super().__init__(
             model=model,
@@ -181,7 +184,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         table = measure_rows(
             measure,
             dataset,
-            Collator(packed=dataset.packing, flatten=dataset.packing and _wants_flat_rows(model)),
+            Collator(packed=dataset.packing, flatten=dataset.packing and wants_flat_rows(model)),
             batch_size=self.args.eval_batch_size,
             device=self.args.device,
             rank=self.accelerator.process_index,
@@ -236,8 +239,3 @@ class _EpochCallback(TrainerCallback):  # type: ignore[misc]
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.set_epoch is not None:
             self.set_epoch(int(state.epoch or 0))
-
-
-def _wants_flat_rows(model: Any) -> bool:
-    """Whether the attention kernel separates packed documents only in a single row, as the flash kernels do."""
-    return "flash" in str(getattr(inner_model(model).config, "_attn_implementation", ""))

@@ -54,10 +54,20 @@ def find_columns(schema: Mapping[str, pa.DataType], settings: CorpusSettings) ->
 
 def _choose(schema: Mapping[str, pa.DataType], settings: CorpusSettings, there: str) -> tuple[Format, tuple[str, ...]]:
     if settings.text_column is not None:
-        return _format_of(schema[settings.text_column]), (settings.text_column,)
+        name = settings.text_column
+        format_ = _format_of(schema[name])
+        if format_ is None:
+            raise RequestError(
+                f"the column {name!r} holds {schema[name]}, which is no text, messages or input_ids: {there}"
+            )
+        return format_, (name,)
     if "prompt" in schema and "completion" in schema and "input_ids" not in schema:
-        if _is_text(schema["prompt"]) != _is_text(schema["completion"]):
-            raise RequestError("expected prompt and completion to be both strings or both message lists; convert one")
+        formats = {_format_of(schema["prompt"]), _format_of(schema["completion"])}
+        if formats not in ({"text"}, {"messages"}):
+            raise RequestError(
+                f"expected prompt and completion to be both strings or both message lists, they are {schema['prompt']} "
+                f"and {schema['completion']}; convert them, or set text_column"
+            )
         return "prompt_completion", ("prompt", "completion")
     expected: tuple[Format, ...] = ("input_ids", "messages", "text")
     for name in expected:
@@ -72,12 +82,17 @@ def _choose(schema: Mapping[str, pa.DataType], settings: CorpusSettings, there: 
     )
 
 
-def _format_of(kind: pa.DataType) -> Format:
+def _format_of(kind: pa.DataType) -> Format | None:
+    """What a column of a type can hold; the type of null, of a column without values, passes for text."""
     if _is_text(kind):
         return "text"
-    if (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and pa.types.is_integer(kind.value_type):
+    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
+        return None
+    if pa.types.is_integer(kind.value_type):
         return "input_ids"
-    return "messages"
+    # datasets keeps messages of various keys as JSON, an extension type
+    nested = pa.types.is_struct(kind.value_type) or isinstance(kind.value_type, pa.BaseExtensionType)
+    return "messages" if nested or pa.types.is_null(kind.value_type) else None
 
 
 def _is_text(kind: pa.DataType) -> bool:

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cache_builder.columns import find_columns
-from cache_builder.corpus_plan import CorpusCounts, CorpusPlan, ShardRange, plan_shards, serialise_sequence
+from cache_builder.corpus_plan import CorpusCounts, CorpusPlan, plan_shards, serialise_sequence
 from cache_builder.corpus_settings import CorpusSettings
 from cache_builder.rendering import RenderedDocument, Renderer
 from cache_builder.source import find_local, open_dataset, source_digest
 from storage_schemas.errors import RequestError
+from storage_schemas.manifest import ShardPlan
 from storage_schemas.records import TokenSequence
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ __all__ = [
     "CorpusCounts",
     "CorpusPlan",
     "CorpusSettings",
-    "ShardRange",
     "describe_segment",
     "plan_shards",
     "source_digest",
@@ -117,7 +117,7 @@ class Corpus:
             for number, name, label, document in zip(numbers, ids, labels, rendered, strict=True):
                 yield self._cut(document, number, name, label, counts)
 
-    def sequences(self, shard: ShardRange) -> list[TokenSequence]:
+    def sequences(self, shard: ShardPlan) -> list[TokenSequence]:
         """The sequences of a shard, in order; raises RequestError when they are no longer those of the plan."""
         sequences = [piece for pieces in self.documents(shard.start, shard.stop) for piece in pieces]
         digest = hashlib.sha256()

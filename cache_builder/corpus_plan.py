@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
 
 from storage_schemas.errors import RequestError
+from storage_schemas.manifest import ShardPlan
 from storage_schemas.records import TokenSequence
 
 if TYPE_CHECKING:
@@ -41,32 +41,17 @@ class CorpusCounts:
     straddling_tokens: int = 0
 
 
-class ShardRange(BaseModel):
-    """Documents [start, stop) of a corpus, and what they render to; digest: SHA-256 over the sequences' ids, tokens
-    and masks."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    start: int
-    stop: int
-    sequences: int
-    tokens: int
-    targets: int
-    digest: str
-
-
-class CorpusPlan(BaseModel):
-    """Which documents make which shard. `digest` covers every sequence and does not depend on shard_tokens."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+@dataclass(frozen=True)
+class CorpusPlan:
+    """Which documents make which shard. `digest` covers every sequence and does not depend on where shards end."""
 
     shard_tokens: int
-    shards: tuple[ShardRange, ...]
+    shards: tuple[ShardPlan, ...]
     counts: CorpusCounts
     digest: str
 
 
-def plan_shards(corpus: Corpus, shard_tokens: int, progress: Callable[[int], None] | None = None) -> CorpusPlan:
+def plan_shards(corpus: Corpus, shard_tokens: int, progress: Callable[[int], object] | None = None) -> CorpusPlan:
     """Render the corpus once and cut it into shards: whole documents, a shard ending with the one that brings it to
     `shard_tokens` tokens.
 
@@ -76,11 +61,11 @@ def plan_shards(corpus: Corpus, shard_tokens: int, progress: Callable[[int], Non
     if shard_tokens < 1:
         raise RequestError(f"expected shard_tokens of at least 1, got {shard_tokens}; 65536 to 262144 suit most stores")
     counts, whole = CorpusCounts(), hashlib.sha256()
-    shards: list[ShardRange] = []
+    shards: list[ShardPlan] = []
     start, done, digest = 0, CorpusCounts(), hashlib.sha256()
 
-    def close(stop: int) -> ShardRange:
-        return ShardRange(
+    def close(stop: int) -> ShardPlan:
+        return ShardPlan(
             start=start,
             stop=stop,
             sequences=counts.sequences - done.sequences,

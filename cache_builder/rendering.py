@@ -89,7 +89,7 @@ class Renderer:
 
     def _chat(self, row: Row, label: str) -> RenderedChat:
         assert self.chat is not None
-        parts = [_messages(row[name], name, label) for name in self._columns.content]
+        parts = [_messages(row[name]) for name in self._columns.content]
         prompt, messages = parts if len(parts) == 2 else ([], parts[0])
         if not prompt and not messages:
             return RenderedChat("", ())
@@ -220,14 +220,8 @@ def _leading_spaces(tokenizer: PreTrainedTokenizerBase) -> Int64 | None:
     return spaces
 
 
-def _messages(value: Any, name: str, label: str) -> list[Message]:
-    if value is None:
-        return []
-    if not isinstance(value, list):
-        raise RequestError(
-            f"{label}: expected a list of messages in column {name!r}, got {str(value)[:80]!r}; convert it"
-        )
-    return [_without_nulls(message, keep=("content",)) for message in value]
+def _messages(value: list[Message] | None) -> list[Message]:
+    return [_without_nulls(message, keep=("content",)) for message in value or ()]
 
 
 def _parse(value: Any, name: str, kind: type, label: str) -> Any:

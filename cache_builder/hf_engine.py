@@ -16,8 +16,9 @@ import transformers
 
 from cache_builder.engine import Capture
 from cache_builder.engine_settings import EngineSettings, check_capture, check_sequences
+from cache_builder.scored_sequence import make_record
 from storage_schemas.errors import RequestError
-from storage_schemas.records import SequenceTopK, TokenSequence, sort_rows
+from storage_schemas.records import SequenceTopK, TokenSequence
 
 _USED = {"name", "model", "revision", "dtype", "head_dtype", "max_model_len", "trust_remote_code", "seed"}
 _ROWS_PER_BLOCK = 128  # float64 rows held at once: 128 × 150k ids is 150 MB
@@ -107,20 +108,8 @@ class HFEngine:
             )
         ]
         arrays = {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
-        top_ids, top_logprobs = sort_rows(arrays["top_ids"], arrays["top_logprobs"].astype(np.float32))
-        label_logprob = arrays["label_logprob"].astype(np.float32)
-        label_logprob[-1] = np.nan  # no token follows the last one
-        return SequenceTopK(
-            sequence_id=sequence.sequence_id,
-            document_id=sequence.document_id,
-            token_ids=sequence.token_ids.astype(np.int32),
-            completion_mask=sequence.completion_mask,
-            top_ids=top_ids,
-            top_logprobs=top_logprobs,
-            log_tail_mass=arrays["log_tail_mass"].astype(np.float32),
-            label_logprob=label_logprob,
-            extras={name: arrays[name].astype(np.float32) for name in self._capture.extras},
-        )
+        main = {name: arrays.pop(name) for name in ("top_ids", "top_logprobs", "log_tail_mass", "label_logprob")}
+        return make_record(sequence, **main, extras=arrays)
 
 
 def _reduce_rows(logits: torch.Tensor, label_ids: torch.Tensor, capture: Capture) -> dict[str, np.ndarray]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 _GROUP = 64  # ids per group: of 8 to 64 the fastest at vocabularies of 32k to 150k
-_CPU_BLOCK_BYTES = 2 << 20  # about a core's second-level cache
+_CPU_BLOCK_BYTES = 4 << 20  # 2 to 8 MiB measured alike, 1 MiB a fifth slower
 _CUDA_BLOCK_BYTES = 1 << 27
 
 
@@ -41,7 +41,7 @@ def reduce_rows(logits: Tensor, label_ids: Tensor, top_k: int, extras: Sequence[
 
 def _reduce_block(logits: Tensor, label_ids: Tensor, top_k: int, extras: Sequence[str]) -> dict[str, Tensor]:
     """Unnormalised pieces of a few rows: every access to their V columns is in here and in what it calls."""
-    rows = logits.float()
+    rows = logits.float().contiguous()
     raw = {"label_logit": rows.gather(1, label_ids[:, None])[:, 0]}
     if top_k == rows.shape[1]:
         values, ids = rows.sort(dim=1, descending=True, stable=True)

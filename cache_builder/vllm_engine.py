@@ -6,33 +6,41 @@ import contextlib
 import dataclasses
 import difflib
 import gc
+import logging
 import os
 import platform
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from cache_builder.engine import Capture
 from cache_builder.engine_settings import EngineSettings, check_capture, check_sequences
+from cache_builder.prompt_logprobs import count_asked, read_output
+from cache_builder.row_sink import RowSink
+from cache_builder.scored_sequence import make_record
+from cache_builder.vllm_capture import EXTRA_ARG, CaptureExtension
 from storage_schemas.errors import RequestError
-from storage_schemas.records import SequenceTopK, TokenSequence, sort_rows
+from storage_schemas.records import SequenceTopK, TokenSequence
 
 _ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine core in this process: a batch is closed before its first step
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
 }
 _ONE_TOKEN_MORE = {"VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1"}  # room for the sampled token, which is never read
-_OURS = {"name", "head_dtype", "capture_path", "extra_args"}
+_OURS = {"name", "head_dtype", "max_model_len", "capture_path", "extra_args"}
 _LOGGING = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_LOGGING_STREAM": "ext://sys.stderr"}
 _CPU_KV_CACHE_BYTES = 2 << 30
-_SPARE_IDS = 16
-_TAIL_FLOOR = 2.0**-23
-"""Least tail mass that 1 − Σ of float32 probabilities can tell from none: the spacing of float32 at 1."""
+_EXPECTED_FROM = ("vllm.renderers.base", "vllm.engine.arg_utils", "vllm.config.model")
+_EXPECTED = (
+    "Chat template warmup failed",  # no tokenizer is loaded: ids in, ids out
+    "Using None for EOS token id",
+    "The global random seed is set",
+    "User-specified max_model_len",  # see _ONE_TOKEN_MORE
+)
 
 
 class VLLMEngine:
@@ -49,18 +57,21 @@ class VLLMEngine:
         self._capture = capture
         self._llm: Any = None
         arguments = _engine_arguments(settings)
-        with _environment(_ENVIRONMENT), _refusals(settings):
-            config = vllm.EngineArgs(**arguments).create_model_config()
+        with _environment(_ENVIRONMENT), _quiet(), _refusals(settings):
+            config = vllm.EngineArgs(**arguments, max_model_len=settings.max_model_len).create_model_config()
             self._model_vocab_size = int(config.get_vocab_size())
             self._max_length = int(config.max_model_len)
             check_capture(capture, self._model_vocab_size)
-            self._width = min(capture.top_k + _SPARE_IDS, self._model_vocab_size)
-            self._check_public()
+            self._width = count_asked(capture, self._model_vocab_size)
             with _environment(_ONE_TOKEN_MORE):
-                arguments |= {"max_model_len": self._max_length + 1, "max_logprobs": self._width}
-                self._llm = vllm.LLM(**arguments)
+                self._llm = vllm.LLM(**arguments, max_model_len=self._max_length + 1, max_logprobs=self._width)
         self._dtype = str(config.dtype).removeprefix("torch.")
         self._head_dtype = str(config.head_dtype).removeprefix("torch.")
+        try:
+            self._capture_path = self._choose_path(settings.capture_path)
+        except RequestError:
+            self.close()
+            raise
 
     def provenance(self) -> Mapping[str, str]:
         """Engine, versions and hardware."""
@@ -72,7 +83,7 @@ class VLLMEngine:
             "head_dtype": self._head_dtype,
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
             "threads": str(torch.get_num_threads()),
-            "capture_path": "public",
+            "capture_path": self._capture_path,
         }
 
     def score(self, sequences: Sequence[TokenSequence]) -> Iterator[SequenceTopK]:
@@ -80,7 +91,13 @@ class VLLMEngine:
         check_sequences(sequences, self._capture.vocab_size, self._max_length)
         if not sequences:
             return iter(())
-        return self._score_public(sequences)
+        try:
+            with _quiet():
+                score = self._score_worker if self._capture_path == "worker" else self._score_public
+                return score(sequences)
+        except BaseException:
+            self.close()  # half a batch is queued in there, and must not become part of the next
+            raise
 
     def close(self) -> None:
         """Free the teacher and end the processes that vLLM started for it."""
@@ -93,12 +110,20 @@ class VLLMEngine:
 
         cleanup_dist_env_and_memory()
 
-    def _check_public(self) -> None:
-        """Refuse what prompt_logprobs cannot give; warn of what it gives only in part."""
+    def _choose_path(self, wanted: Literal["auto", "worker", "public"]) -> Literal["worker", "public"]:
+        """Which path takes the rows; refuse what prompt_logprobs cannot give, warn of what it gives only in part."""
+        if wanted != "public":
+            defects = [defect for defect in self._llm.collective_rpc("install_capture") if defect is not None]
+            if not defects:
+                return "worker"
+            found = f"vLLM {self._vllm.__version__} cannot capture in its workers ({defects[0]})"
+            if wanted == "worker":
+                raise RequestError(f'{found}; set capture_path = "public", or use a vLLM that is known to work')
+            warnings.warn(f"{found}: falling back to prompt_logprobs, slower and less exact", stacklevel=3)
         if self._capture.extras:
             raise RequestError(
-                f'expected no extras with capture_path = "public", got {", ".join(self._capture.extras)}; '
-                "prompt_logprobs carries no sums over the whole row"
+                f"expected no extras from prompt_logprobs, got {', '.join(self._capture.extras)}; "
+                'use capture_path = "worker", or the engine "hf"'
             )
         padding = self._model_vocab_size - self._capture.vocab_size
         if padding:
@@ -107,64 +132,61 @@ class VLLMEngine:
                 "normalises over all of them, and what mass they hold stays in the tail",
                 stacklevel=3,
             )
+        return "public"
+
+    def _score_worker(self, sequences: Sequence[TokenSequence]) -> Iterator[SequenceTopK]:
+        lengths = [len(sequence) for sequence in sequences]
+        bounds = np.cumsum([0, *lengths])
+        shape = (int(bounds[-1]), self._capture.top_k, self._capture.extras)
+        sink = RowSink.create(*shape)
+        try:
+            following = [np.roll(sequence.token_ids, -1) for sequence in sequences]
+            sink.columns["label_ids"][:] = np.concatenate(following)
+            rows, top_k, extras = shape
+            self._llm.collective_rpc(
+                "begin_capture", args=(str(sink.path), rows, self._capture.vocab_size, top_k, extras)
+            )
+        finally:
+            sink.unlink()
+        self._generate(sequences, [{"extra_args": {EXTRA_ARG: int(first)}} for first in bounds[:-1]])
+        self._llm.collective_rpc("end_capture")
+        missing = np.flatnonzero(sink.columns["done"] == 0)
+        if len(missing):
+            late = sequences[int(np.searchsorted(bounds, missing[0], side="right")) - 1].sequence_id
+            raise RuntimeError(f"vLLM left out {len(missing)} of {rows} positions, the first in the sequence {late}")
+        return (
+            _read_sink(sequence, sink, slice(first, last))
+            for sequence, first, last in zip(sequences, bounds[:-1], bounds[1:], strict=True)
+        )
+
+    def _generate(self, sequences: Sequence[TokenSequence], params: Sequence[Mapping[str, Any]]) -> list[Any]:
+        """One closed batch through vLLM: every request is queued before the first step."""
+        outputs: list[Any] = self._llm.generate(
+            [{"prompt_token_ids": sequence.token_ids.tolist()} for sequence in sequences],
+            [
+                self._vllm.SamplingParams(
+                    max_tokens=1, temperature=0.0, detokenize=False, skip_reading_prefix_cache=True, **own
+                )
+                for own in params
+            ],
+            use_tqdm=False,
+        )
+        assert len(outputs) == len(sequences)
+        return outputs
 
     def _score_public(self, sequences: Sequence[TokenSequence]) -> Iterator[SequenceTopK]:
-        params = self._vllm.SamplingParams(
-            max_tokens=1,
-            temperature=0.0,
-            detokenize=False,
-            flat_logprobs=True,
-            logprobs=self._width,
-            prompt_logprobs=self._width,
-            skip_reading_prefix_cache=True,
-        )
-        prompts = [{"prompt_token_ids": sequence.token_ids.tolist()} for sequence in sequences]
-        outputs = self._llm.generate(prompts, params, use_tqdm=False)
-        assert len(outputs) == len(sequences)
-        return (self._public_record(sequence, output) for sequence, output in zip(sequences, outputs, strict=True))
-
-    def _public_record(self, sequence: TokenSequence, output: Any) -> SequenceTopK:
-        # One entry per row: the token that follows (or was sampled), then the top `width`. Entry 0 of the prompt is
-        # empty, for nothing predicts the first token; the sampled token's entry is the last row.
-        parts = (output.prompt_logprobs, output.outputs[0].logprobs)
-        rows = (len(sequence), self._width + 1)
-        ids = np.concatenate([np.asarray(part.token_ids, dtype=np.int64) for part in parts]).reshape(rows)
-        logprobs = np.concatenate([np.asarray(part.logprobs, dtype=np.float64) for part in parts]).reshape(rows)
-        label_logprob = logprobs[:, 0].copy()
-        label_logprob[-1] = np.nan
-        top_ids, top_logprobs = sort_rows(*self._without_padding(ids[:, 1:], logprobs[:, 1:]))
-        return SequenceTopK(
-            sequence_id=sequence.sequence_id,
-            document_id=sequence.document_id,
-            token_ids=sequence.token_ids.astype(np.int32),
-            completion_mask=sequence.completion_mask,
-            top_ids=top_ids,
-            top_logprobs=top_logprobs,
-            log_tail_mass=self._implied_tail(top_logprobs),
-            label_logprob=label_logprob.astype(np.float32),
+        asked = {"flat_logprobs": True, "logprobs": self._width, "prompt_logprobs": self._width}
+        outputs = self._generate(sequences, [asked] * len(sequences))
+        return (
+            read_output(sequence, output, self._capture, self._model_vocab_size)
+            for sequence, output in zip(sequences, outputs, strict=True)
         )
 
-    def _without_padding(
-        self, ids: NDArray[np.int64], logprobs: NDArray[np.float64]
-    ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        """The first top_k columns that are no padding of the model's vocabulary."""
-        padding = ids >= self._capture.vocab_size
-        if padding.any():
-            order = np.argsort(padding, axis=1, kind="stable")
-            ids, logprobs = np.take_along_axis(ids, order, axis=1), np.take_along_axis(logprobs, order, axis=1)
-        top_k = self._capture.top_k
-        if (ids[:, :top_k] >= self._capture.vocab_size).any():
-            raise RequestError(
-                f'expected at most {_SPARE_IDS} padded ids among the most likely, got more; use capture_path = "worker"'
-            )
-        return ids[:, :top_k], logprobs[:, :top_k]
 
-    def _implied_tail(self, top_logprobs: NDArray[np.float32]) -> NDArray[np.float32]:
-        if self._capture.top_k == self._model_vocab_size:
-            return np.full(len(top_logprobs), -np.inf, dtype=np.float32)
-        mass = 1 - np.exp(top_logprobs.astype(np.float64)).sum(axis=1)
-        floored: NDArray[np.float64] = np.log(np.maximum(mass, _TAIL_FLOOR))
-        return floored.astype(np.float32)
+def _read_sink(sequence: TokenSequence, sink: RowSink, rows: slice) -> SequenceTopK:
+    column = {name: values[rows] for name, values in sink.columns.items() if name not in ("label_ids", "done")}
+    main = {name: column.pop(name) for name in ("top_ids", "top_logprobs", "log_tail_mass", "label_logprob")}
+    return make_record(sequence, **main, extras=column)
 
 
 def _engine_arguments(settings: EngineSettings) -> dict[str, Any]:
@@ -175,7 +197,7 @@ def _engine_arguments(settings: EngineSettings) -> dict[str, Any]:
     fixed = {
         "skip_tokenizer_init": True,  # ids in, ids out
         "enable_prefix_caching": False,  # a cached prefix is never computed, so its rows would be missing
-        "max_logprobs": -1,
+        "worker_extension_cls": f"{CaptureExtension.__module__}.{CaptureExtension.__qualname__}",
     }
     arguments = settings.model_dump(exclude_none=True, exclude=_OURS)
     known = {field.name for field in dataclasses.fields(EngineArgs)}
@@ -184,7 +206,7 @@ def _engine_arguments(settings: EngineSettings) -> dict[str, Any]:
             close = difflib.get_close_matches(name, sorted(known), n=1)
             hint = f"did you mean {close[0]!r}?" if close else "see the fields of vllm.EngineArgs"
             raise RequestError(f"vLLM has no engine argument {name!r}; {hint}")
-        if name in fixed or name in EngineSettings.model_fields:
+        if name in fixed or name == "max_logprobs" or name in EngineSettings.model_fields:
             raise RequestError(f"expected no {name!r} in extra_args, where it cannot be set; drop it there")
     arguments |= {"use_tqdm_on_load": False, **settings.extra_args, **fixed}
     if settings.head_dtype == "float32":
@@ -207,6 +229,23 @@ def _refusals(settings: EngineSettings) -> Iterator[None]:
         objection = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
         sentence = objection.strip().partition("\n")[0].removeprefix("Value error, ")
         raise RequestError(f"vLLM refuses the teacher {settings.model}: {sentence}") from error
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(_EXPECTED)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Drop the warnings about what is done here on purpose."""
+    loggers = [logging.getLogger(name) for name in _EXPECTED_FROM]
+    for logger in loggers:
+        logger.addFilter(_is_news)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(_is_news)
 
 
 @contextlib.contextmanager

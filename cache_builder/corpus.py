@@ -206,7 +206,9 @@ def describe_segment(corpus: Corpus, shard_tokens: int) -> dict[str, Any]:
         "append_eos": corpus.appends_eos,
         "empty_documents": settings.empty_documents,
         "chat_template_digest": corpus.template_digest,
-        "chat_template_kwargs": json.dumps(settings.chat_template_kwargs, sort_keys=True) if columns.chat else None,
+        "chat_template_kwargs": json.dumps(settings.chat_template_kwargs, sort_keys=True, default=str)
+        if columns.chat
+        else None,
         "chat_template_date": str(settings.chat_template_date or "") if columns.chat else None,
         "shard_tokens": shard_tokens,
     }

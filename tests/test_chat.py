@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from storage_schemas.errors import RequestError
-from tests.planted import (
+from tests.planted_documents import (
     CHATML,
     DIALOGUE,
     DIALOGUE_MARKED,

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from cache_builder.corpus import CorpusCounts, plan_shards
 from storage_schemas.errors import RequestError
 from tests.conftest import TINY_VOCAB_SIZE
-from tests.planted import everything, ids_of, make_corpus, same
+from tests.planted_documents import everything, ids_of, make_corpus, same
 
 
 def test_a_document_that_is_too_long_is_split(tiny_tokenizer: PreTrainedTokenizerFast) -> None:

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from cache_builder.corpus import Corpus, CorpusSettings, describe_segment, plan_shards
 from storage_schemas.errors import RequestError
 from tests.conftest import TINY_VOCAB_SIZE
-from tests.planted import everything, ids_of, make_corpus, same
+from tests.planted_documents import everything, ids_of, make_corpus, same
 
 
 @pytest.fixture(autouse=True)
@@ -120,6 +120,36 @@ def test_a_file_opens_as_the_same_plan_every_time(tiny_tokenizer: PreTrainedToke
     few = Corpus.open(chosen.model_copy(update={"max_documents": 3}), tiny_tokenizer, TINY_VOCAB_SIZE)
     assert len(few) == 3
     assert plan_shards(few, 20).shards[0].start == 0
+
+
+def test_messages_of_various_keys_in_a_file_keep_their_own(
+    tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """datasets keeps such columns as JSON; a template must see of each message what the file has."""
+    template = tmp_path / "calls.jinja"
+    template.write_text(
+        "{% for message in messages %}{{ message.role }}:{{ message.content or '' }}"
+        "{% for call in message.tool_calls or [] %}{{ call.arguments | tojson }}{% endfor %}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    calls = [{"arguments": {"city": "Paris"}}], [{"arguments": {"n": 2}}]
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": "a", "name": "x"},
+                {"role": "assistant", "content": None, "tool_calls": call},
+            ]
+        }
+        for call in calls
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    chosen = CorpusSettings(dataset=str(path), max_length=200, chat_template=str(template))
+    corpus = Corpus.open(chosen, tiny_tokenizer, TINY_VOCAB_SIZE)
+    for row, arguments in enumerate(('{"city": "Paris"}', '{"n": 2}')):
+        (sequence,) = corpus.render(row)
+        assert tiny_tokenizer.decode(sequence.token_ids) == f"user:a<|im_end|>assistant:{arguments}<|im_end|>"
+        assert tiny_tokenizer.decode(sequence.token_ids[sequence.completion_mask]) == f"{arguments}<|im_end|>"
 
 
 def test_a_hub_source_whose_commit_is_unknown_is_warned_of(

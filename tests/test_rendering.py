@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from storage_schemas.errors import RequestError
-from tests.planted import CHATML, DIALOGUE, DIALOGUE_MARKED, make_tokenizer, mark, marked, render
+from tests.planted_documents import CHATML, DIALOGUE, DIALOGUE_MARKED, make_tokenizer, mark, marked, render
 
 
 def test_text_has_every_token_but_the_first_as_target() -> None:
@@ -71,6 +71,16 @@ def test_text_needs_an_end_of_sequence_token_to_append() -> None:
     with pytest.raises(RequestError, match="append_eos = false"):
         render(tokenizer, {"text": "hi"})
     assert marked(tokenizer, {"text": "hi yo"}, append_eos=False) == ["hi« »«yo»"]
+
+
+def test_a_slow_tokenizer_serves_text_and_nothing_that_needs_offsets() -> None:
+    tokenizer = ByT5Tokenizer()  # bytes + 3, and its own end of sequence
+    assert [document.token_ids.tolist() for document in render(tokenizer, {"text": "hi"}, {"text": ""})] == [
+        [107, 108, 1],
+        [],
+    ]
+    with pytest.raises(RequestError, match="need a fast tokenizer"):
+        render(tokenizer, {"prompt": "hi", "completion": "yo"})
 
 
 def test_input_ids_are_taken_as_they_are_with_their_masks() -> None:

@@ -31,6 +31,7 @@ def init_student_command(model: str, output: str, keep_layers: int | None, layer
     """Make a student from a model's own layers, with its tokenizer."""
     from distiller.init_student import init_student
 
+    _quieten()
     made = init_student(model, output, keep_layers=keep_layers, layers=layers)
     if as_json:
         click.echo(json.dumps({"output": output, **vars(made)}))
@@ -92,6 +93,7 @@ def train_command(config_path: str | None, overrides: Sequence[str], resume: boo
     settings = load_settings(TrainSettings, path=config_path, overrides=[*given, *overrides])
     from distiller.train import train
 
+    _quieten()
     summary = train(settings, resume=resume)
     _print_figures(summary, as_json)
 
@@ -108,11 +110,19 @@ def evaluate_command(student: str, cache: str, json_path: str | None, **options:
     """Measure how close a student is to the cache's teacher, on sequences it was not trained on."""
     from distiller.evaluate import evaluate_path
 
+    _quieten()
     figures = evaluate_path(student, cache, **options)
     if json_path is not None and json_path != "-":
         with open(json_path, "w", encoding="utf-8") as file:
             file.write(json.dumps(figures, indent=1) + "\n")
     _print_figures(figures, json_path == "-")
+
+
+def _quieten() -> None:
+    """transformers' bars for every file it loads would drown ours."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
 
 
 def _print_figures(figures: Mapping[str, Any], as_json: bool) -> None:

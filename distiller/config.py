@@ -29,6 +29,7 @@ class DataSettings(Settings):
     max_length: int | None = Field(default=None, ge=2)
     targets: Literal["completion", "all"] = "completion"
     packing: bool = False
+    """Several whole sequences in a row of `max_length` tokens, kept apart by their position ids."""
     shuffle_window: int = Field(default=4, ge=1)
     """Shards whose sequences are shuffled among each other."""
 
@@ -45,6 +46,22 @@ class ObjectiveSettings(Settings):
         return dict(self.model_extra or {})
 
 
+class LoraSettings(Settings):
+    """Low-rank adapters in place of full training; they are merged into the student that is written. Needs peft."""
+
+    rank: int = Field(default=16, ge=1)
+    alpha: int = Field(default=32, ge=1)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    target_modules: str | list[str] = "all-linear"
+
+
+class EarlyStoppingSettings(Settings):
+    """Stop when held-out KL has not fallen by `threshold` nats in `patience` evaluations."""
+
+    patience: int = Field(ge=1)
+    threshold: float = Field(default=0.0, ge=0)
+
+
 class TrainSettings(Settings):
     """All of it. `training` takes transformers' TrainingArguments under their own names."""
 
@@ -52,4 +69,6 @@ class TrainSettings(Settings):
     student: StudentSettings
     data: DataSettings
     objective: ObjectiveSettings = ObjectiveSettings()
+    lora: LoraSettings | None = None
+    early_stopping: EarlyStoppingSettings | None = None
     training: dict[str, Any] = Field(default_factory=dict)

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -110,7 +109,7 @@ def spread_layers(count: int, keep: int) -> tuple[int, ...]:
         raise RequestError(
             f"expected --keep-layers between 2 and {count}, the model's layers, got {keep}; choose one of those"
         )
-    return tuple(int(i) for i in np.rint(np.linspace(0, count - 1, keep)))
+    return tuple((2 * i * (count - 1) + keep - 1) // (2 * (keep - 1)) for i in range(keep))  # rounded, in integers
 
 
 def parse_layers(text: str, count: int) -> tuple[int, ...]:

@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainingArguments, set_seed
+from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from distiller.card import model_card
 from distiller.config import TrainSettings
+from distiller.lora import add_lora
 from distiller.objectives import Objective, make_objective
 from distiller.progress import HistoryFile, ProgressBar
+from distiller.resume import PROVENANCE_NAME, SETTINGS_NAME, find_start, provenance
 from distiller.stream import CacheDataset, split_held_out
 from distiller.student import (
     check_compatible,
@@ -34,7 +37,6 @@ from storage_schemas.settings import write_settings
 
 logger = logging.getLogger(__name__)
 
-SETTINGS_NAME = "train.toml"
 SUMMARY_NAME = "summary.json"
 DEFAULTS: dict[str, Any] = {
     "learning_rate": 1e-4,
@@ -66,25 +68,30 @@ def train(settings: TrainSettings, *, resume: bool = False) -> dict[str, Any]:
     check_length(config, train_dataset.longest, settings.student.path)
     objective = make_objective(settings.objective.name, settings.objective.options)
     args = training_arguments(settings, has_eval=eval_dataset is not None)
-    checkpoint = find_start(Path(settings.output), resume)
+    checkpoint = find_start(settings, cache, resume)
+    args.eval_on_start = args.eval_on_start and checkpoint is None
     set_seed(args.seed)
     student = load_student(
         settings.student.path, dtype=settings.student.dtype, attn_implementation=settings.student.attn_implementation
     )
     frozen = freeze_embeddings(student) if settings.student.freeze_embeddings else 0
     describe(settings, cache, train_dataset, student, frozen)
+    if settings.lora is not None:
+        student = add_lora(student, settings.lora)
     trainer = make_trainer(settings, student, objective, args, train_dataset, eval_dataset, tokenizer)
     output = Path(settings.output)
     if trainer.is_world_process_zero():
         output.mkdir(parents=True, exist_ok=True)
         write_settings(settings, output / SETTINGS_NAME)
+        (output / PROVENANCE_NAME).write_text(json.dumps(provenance(cache), indent=1) + "\n", encoding="utf-8")
     trainer.train(resume_from_checkpoint=checkpoint)
     final = trainer.evaluate() if eval_dataset is not None else {}
-    trainer.save_model()
+    save_student(trainer, tokenizer)
     trainer.save_state()
     summary = summarise(settings, trainer, final, seconds=time.monotonic() - started)
     if trainer.is_world_process_zero():
         (output / SUMMARY_NAME).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+        (output / "README.md").write_text(model_card(settings, summary, provenance(cache)), encoding="utf-8")
     return summary
 
 
@@ -122,45 +129,25 @@ def training_arguments(settings: TrainSettings, *, has_eval: bool) -> TrainingAr
             close = difflib.get_close_matches(name, sorted(known), n=1)
             hint = f"did you mean training.{close[0]}?" if close else "see transformers.TrainingArguments"
             raise RequestError(f"unknown setting training.{name}; {hint}")
-    defaults = dict(DEFAULTS)
+    defaults = {**DEFAULTS, "use_cpu": not torch.accelerator.is_available()}  # else bf16 is refused on a CPU
     if has_eval:
         defaults.update(eval_on_start=True, metric_for_best_model="eval_kl", greater_is_better=False)
+    evaluates = has_eval and settings.training.get("eval_strategy", "no") != "no"
+    if settings.early_stopping is not None:
+        if not evaluates:
+            raise RequestError(
+                "expected evaluations for early_stopping to go by, got none; give --eval-cache or data.eval_fraction, "
+                "and training.eval_strategy with training.eval_steps"
+            )
+        defaults["load_best_model_at_end"] = True
+    if settings.training.get("eval_strategy", "no") != "no" and not has_eval:
+        raise RequestError(
+            "expected held-out sequences for training.eval_strategy, got none; give --eval-cache or data.eval_fraction"
+        )
     try:
         return TrainingArguments(output_dir=settings.output, **{**defaults, **settings.training})
     except (TypeError, ValueError, ImportError) as error:
         raise RequestError(f"the training settings do not go together: {str(error).strip()}") from error
-
-
-def find_start(output: Path, resume: bool) -> str | None:
-    """The last complete checkpoint of a run to resume, or None for a new run, which needs a new or empty directory."""
-    if not resume:
-        if output.exists() and (not output.is_dir() or any(output.iterdir())):
-            raise RequestError(
-                f"expected an output directory that is new or empty, got {output}; name another or give --resume"
-            )
-        return None
-    checkpoint = last_complete_checkpoint(output)
-    if checkpoint is None:
-        logger.warning("no complete checkpoint in %s: starting from the beginning", output)
-        return None
-    return str(checkpoint)
-
-
-def last_complete_checkpoint(output: Path) -> Path | None:
-    """The newest checkpoint whose last-written file, trainer_state.json, is whole; a kill leaves newer ones torn."""
-    found = sorted(
-        (path for path in output.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()),
-        key=lambda path: int(path.name.removeprefix("checkpoint-")),
-        reverse=True,
-    )
-    for path in found:
-        try:
-            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            logger.warning("%s is incomplete, as a killed run leaves it: skipped", path)
-            continue
-        return path
-    return None
 
 
 def make_trainer(
@@ -173,6 +160,9 @@ def make_trainer(
     tokenizer: Any,
 ) -> DistillationTrainer:
     """The trainer with our progress on stderr in place of transformers' own, which prints to stdout."""
+    callbacks: list[Any] = [HistoryFile(Path(settings.output)), ProgressBar(tuple(objective.metrics()))]
+    if settings.early_stopping is not None:
+        callbacks.append(EarlyStoppingCallback(settings.early_stopping.patience, settings.early_stopping.threshold))
     trainer = DistillationTrainer(
         student,
         objective,
@@ -181,11 +171,20 @@ def make_trainer(
         eval_dataset=eval_dataset,
         shuffle_window=settings.data.shuffle_window,
         processing_class=tokenizer,
-        callbacks=[HistoryFile(Path(settings.output)), ProgressBar(tuple(objective.metrics()))],
+        callbacks=callbacks,
     )
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def save_student(trainer: DistillationTrainer, tokenizer: Any) -> None:
+    """Write an ordinary checkpoint into the output directory; adapters are merged into the weights they adapt."""
+    if not hasattr(trainer.model, "merge_and_unload"):
+        trainer.save_model()
+    elif trainer.is_world_process_zero():
+        trainer.model.merge_and_unload().save_pretrained(trainer.args.output_dir)
+        tokenizer.save_pretrained(trainer.args.output_dir)
 
 
 def describe(settings: TrainSettings, cache: CacheReader, dataset: CacheDataset, student: Any, frozen: int) -> None:

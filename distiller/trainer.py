@@ -125,6 +125,14 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         loss = outputs["loss_sum"] * (self.accelerator.num_processes / max(rows, 1))
         return (loss, outputs) if return_outputs else loss
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """As inherited, but a checkpoint of a run that had ended does not get one step more."""
+        ended = self.state.stateful_callbacks.get("TrainerControl", {}).get("args", {}).get("should_training_stop", False)
+        if self.state.global_step > 0 and (ended or self.state.global_step >= self.state.max_steps):
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         self._objective_callback().attach(self)
         return super().training_step(model, inputs, num_items_in_batch)  # type: ignore[no-any-return]

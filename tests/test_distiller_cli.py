@@ -41,7 +41,6 @@ def train_arguments(root: Path, output: Path) -> list[Any]:
         "train",
         *[part for pair in flags.items() for part in pair],
         *("--max-steps", 3, "--per-device-train-batch-size", 2, "--learning-rate", 0.01, "--no-bf16"),
-        *("--set", "training.use_cpu=true"),
     ]
 
 

@@ -58,7 +58,8 @@ class HFEngine:
                 .to(self._device)
             )
         except (OSError, ValueError) as error:
-            raise RequestError(f"transformers cannot load the teacher {settings.model}: {error}") from error
+            reason = str(error).strip().partition("\n")[0]
+            raise RequestError(f"transformers cannot load the teacher {settings.model}: {reason}") from error
         config = self._model.config.get_text_config()
         check_capture(capture, int(config.vocab_size))
         own_limit = int(getattr(config, "max_position_embeddings", 0) or 0)

@@ -44,10 +44,14 @@ class CaptureExtension:
 
     def install_capture(self) -> str | None:
         """Wrap the hook of this worker's model runner, once; what is missing, in words, where there is none."""
+        from vllm.distributed import get_pp_group
+
         worker: Any = self
         if not hasattr(worker, "logitcask_capture"):
             worker.logitcask_capture = None
-            worker.logitcask_defect = wrap_runner(worker.model_runner, lambda: worker.logitcask_capture)
+            worker.logitcask_defect = None
+            if get_pp_group().is_last_rank:  # the other pipeline stages never see final hidden states
+                worker.logitcask_defect = wrap_runner(worker.model_runner, lambda: worker.logitcask_capture)
         defect: str | None = worker.logitcask_defect
         return defect
 
@@ -122,13 +126,8 @@ class RowCapture:
 def wrap_runner(runner: Any, current: Callable[[], RowCapture | None]) -> str | None:
     """Make a model runner capture every prompt position while `current()` is not None.
 
-    Returns None, or what this vLLM lacks for it. A rank that never sees final hidden states (an earlier pipeline
-    stage) has nothing to wrap.
+    Returns None, or what this vLLM lacks for it.
     """
-    from vllm.distributed import get_pp_group
-
-    if not get_pp_group().is_last_rank:
-        return None
     if hasattr(runner, V2_HOOK):
         return _wrap_v2(getattr(runner, V2_HOOK), current)
     if hasattr(runner, V1_HOOK):

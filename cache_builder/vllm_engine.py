@@ -32,6 +32,12 @@ _ENVIRONMENT = {
 }
 _ONE_TOKEN_MORE = {"VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1"}  # room for the sampled token, which is never read
 _OURS = {"name", "head_dtype", "max_model_len", "capture_path", "extra_args"}
+_FIXED = {
+    "skip_tokenizer_init": True,  # ids in, ids out
+    "enable_prefix_caching": False,  # a cached prefix is never computed, so its rows would be missing
+    "worker_extension_cls": f"{CaptureExtension.__module__}.{CaptureExtension.__qualname__}",
+}
+_PREFILL = {"max_tokens": 1, "temperature": 0.0, "detokenize": False, "skip_reading_prefix_cache": True}
 _LOGGING = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_LOGGING_STREAM": "ext://sys.stderr"}
 _CPU_KV_CACHE_BYTES = 2 << 30
 _EXPECTED_FROM = ("vllm.renderers.base", "vllm.engine.arg_utils", "vllm.config.model")
@@ -56,6 +62,7 @@ class VLLMEngine:
         self._vllm = vllm
         self._capture = capture
         self._llm: Any = None
+        self._set_num_threads = torch.set_num_threads
         arguments = _engine_arguments(settings)
         with _environment(_ENVIRONMENT), _quiet(), _refusals(settings):
             config = vllm.EngineArgs(**arguments, max_model_len=settings.max_model_len).create_model_config()
@@ -105,6 +112,7 @@ class VLLMEngine:
             return
         self._llm.llm_engine.engine_core.shutdown()
         self._llm = None
+        torch.set_num_threads = self._set_num_threads  # vLLM's CPU worker puts a stub in its place
         gc.collect()
         from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -163,12 +171,7 @@ class VLLMEngine:
         """One closed batch through vLLM: every request is queued before the first step."""
         outputs: list[Any] = self._llm.generate(
             [{"prompt_token_ids": sequence.token_ids.tolist()} for sequence in sequences],
-            [
-                self._vllm.SamplingParams(
-                    max_tokens=1, temperature=0.0, detokenize=False, skip_reading_prefix_cache=True, **own
-                )
-                for own in params
-            ],
+            [self._vllm.SamplingParams(**_PREFILL, **own) for own in params],
             use_tqdm=False,
         )
         assert len(outputs) == len(sequences)
@@ -194,11 +197,6 @@ def _engine_arguments(settings: EngineSettings) -> dict[str, Any]:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.platforms import current_platform
 
-    fixed = {
-        "skip_tokenizer_init": True,  # ids in, ids out
-        "enable_prefix_caching": False,  # a cached prefix is never computed, so its rows would be missing
-        "worker_extension_cls": f"{CaptureExtension.__module__}.{CaptureExtension.__qualname__}",
-    }
     arguments = settings.model_dump(exclude_none=True, exclude=_OURS)
     known = {field.name for field in dataclasses.fields(EngineArgs)}
     for name in settings.extra_args:
@@ -206,9 +204,9 @@ def _engine_arguments(settings: EngineSettings) -> dict[str, Any]:
             close = difflib.get_close_matches(name, sorted(known), n=1)
             hint = f"did you mean {close[0]!r}?" if close else "see the fields of vllm.EngineArgs"
             raise RequestError(f"vLLM has no engine argument {name!r}; {hint}")
-        if name in fixed or name == "max_logprobs" or name in EngineSettings.model_fields:
+        if name in _FIXED or name == "max_logprobs" or name in EngineSettings.model_fields:
             raise RequestError(f"expected no {name!r} in extra_args, where it cannot be set; drop it there")
-    arguments |= {"use_tqdm_on_load": False, **settings.extra_args, **fixed}
+    arguments |= {"use_tqdm_on_load": False, **settings.extra_args, **_FIXED}
     if settings.head_dtype == "float32":
         arguments["hf_overrides"] = {**arguments.get("hf_overrides", {}), "head_dtype": "float32"}
     sized = {"gpu_memory_utilization", "kv_cache_memory_bytes"} & arguments.keys()

@@ -109,14 +109,16 @@ pip_setting() { # the environment wins over the files, as in pip
   local variable=PIP_${1^^}
   variable=${variable//-/_}
   local value=${!variable:-}
-  [ -n "$value" ] || value=$("$python" -m pip config get "install.$1" 2>/dev/null || true)
-  [ -n "$value" ] || value=$("$python" -m pip config get "global.$1" 2>/dev/null || true)
+  [ -n "$value" ] || value=$("$has_pip" -m pip config get "install.$1" 2>/dev/null || true)
+  [ -n "$value" ] || value=$("$has_pip" -m pip config get "global.$1" 2>/dev/null || true)
   printf '%s' "$value" | tr '\n' ' ' | tr -s ' '
 }
 hand_on() { # VARIABLE VALUE: what uv itself was told stays
   if [ -n "$2" ] && [ -z "${!1:-}" ]; then export "$1=$2"; fi
 }
-if "$python" -m pip --version >/dev/null 2>&1; then
+has_pip=$venv/bin/python
+"$has_pip" -m pip --version >/dev/null 2>&1 || has_pip=$python
+if "$has_pip" -m pip --version >/dev/null 2>&1; then
   links=$(pip_setting find-links)
   links=${links# }
   hand_on UV_FIND_LINKS "$(printf '%s' "${links% }" | tr ' ' ',')"

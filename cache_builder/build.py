@@ -16,7 +16,7 @@ from cache_builder.engine_settings import EngineSettings, open_engine
 from cache_builder.teacher import Teacher, find_teacher
 from storage_schemas.codecs import get_codec
 from storage_schemas.errors import RequestError
-from storage_schemas.manifest import CacheIdentity, CaptureIdentity, Plan, ShardPlan
+from storage_schemas.manifest import CacheIdentity, CaptureIdentity, Plan
 from storage_schemas.writer import CacheWriter
 
 
@@ -106,7 +106,7 @@ def _find_plan(writer: CacheWriter, corpus: Corpus, shard_tokens: int, *, progre
             segment=segment,
             counts=dataclasses.asdict(made.counts),
             digest=made.digest,
-            shards=tuple(ShardPlan(**shard.model_dump()) for shard in made.shards),
+            shards=made.shards,
         )
     )
 

@@ -49,17 +49,22 @@ class CacheWriter:
 
     @classmethod
     def open(cls, url: str, identity: CacheIdentity) -> CacheWriter:
-        """The writer of a new cache, or of one begun with the same identity.
+        """The writer of a new cache, or of one begun with the same identity. Writes nothing yet.
 
-        Raises IdentityMismatch naming every field that differs, both values and the remedy; nothing is written then.
+        Raises IdentityMismatch naming every field that differs, both values and the remedy.
         """
-        storage = open_storage(url)
-        if not storage.put_new(_IDENTITY, identity.to_json()):
-            stored = parse_document(CacheIdentity, storage.get(_IDENTITY), _IDENTITY)
-            differences = describe_differences(stored.model_dump(), identity.model_dump())
-            if differences:
-                raise _mismatch(url, differences)
-        return cls(storage, identity)
+        writer = cls(open_storage(url), identity)
+        writer._check_identity()
+        return writer
+
+    def _check_identity(self) -> None:
+        try:
+            stored = parse_document(CacheIdentity, self.storage.get(_IDENTITY), _IDENTITY)
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        differences = describe_differences(stored.model_dump(), self.identity.model_dump())
+        if differences:
+            raise self._mismatch(differences)
 
     def record_provenance(self, provenance: Mapping[str, str]) -> None:
         """Store what is about to score the first shard; a warning names each thing that differs from what did."""
@@ -74,17 +79,22 @@ class CacheWriter:
         """The stored plan, or None where there is none yet. Raises IdentityMismatch where it is of another corpus."""
         try:
             plan = parse_document(Plan, self.storage.get(_PLAN), _PLAN)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         differences = describe_differences(plan.segment, segment)
         if differences:
-            raise _mismatch(self.storage.url, differences)
+            raise self._mismatch(differences)
         return plan
 
     def store_plan(self, plan: Plan) -> Plan:
-        """Store the plan unless another builder did; whichever is stored counts."""
+        """Begin the cache: store its identity and this plan, unless another builder did; what is stored counts.
+
+        Raises IdentityMismatch where another builder began another cache here meanwhile.
+        """
         if not plan.shards:
             raise RequestError("expected a corpus with at least one sequence, got none; nothing to build")
+        if not self.storage.put_new(_IDENTITY, self.identity.to_json()):
+            self._check_identity()
         if self.storage.put_new(_PLAN, plan.to_json()):
             return plan
         stored = self.plan(plan.segment)
@@ -179,6 +189,13 @@ class CacheWriter:
             tokens=sum(index.tokens),
         )
 
+    def _mismatch(self, differences: list[str]) -> IdentityMismatch:
+        begun = "was built" if self.storage.sizes("shards") else "holds no shard yet, but was begun"
+        return IdentityMismatch(
+            f"{self.storage.url} {begun} with other settings ({'; '.join(differences)}); "
+            "give the settings it was built with, or choose another output"
+        )
+
     def _index(self, ordinal: int) -> tuple[bytes, ShardIndex]:
         content = self.storage.get(_index_name(ordinal))
         return content, parse_document(ShardIndex, content, _index_name(ordinal))
@@ -186,10 +203,3 @@ class CacheWriter:
 
 def _index_name(ordinal: int) -> str:
     return f"shards/{ordinal:05d}.index"
-
-
-def _mismatch(url: str, differences: list[str]) -> IdentityMismatch:
-    return IdentityMismatch(
-        f"{url} was built with other settings ({'; '.join(differences)}); "
-        "give the settings it was built with, or choose another output"
-    )

@@ -162,7 +162,7 @@ def test_a_reader_can_be_sent_to_another_process(tmp_path):
 
 @pytest.mark.parametrize("container", CONTAINERS)
 def test_every_flipped_byte_is_found_or_changes_nothing(tmp_path, container):
-    """Every byte in turn. Nothing reads plan.json or the bytes of a container around its payloads; all else is found."""
+    """Every byte in turn. Nothing reads plan.json, or a container around its payloads; all else is found."""
     build(tmp_path / "c", shards=[[make_record(1, tokens=4), make_record(2, tokens=2)]], container=container)
     expected = list(CacheReader.open(str(tmp_path / "c")))
     index = json.loads((tmp_path / "c" / "shards" / "00000.index").read_bytes())

@@ -1,12 +1,13 @@
 """The two sides of a distillation loss, row by row: what the cache holds, and what the student's logits reduce to.
 
 A row is one position that carries loss. Its outcomes are the stored ids, each by itself ("explicit"), and everything
-else together ("the rest"). `StudentReduction` is made from a chunk of logits and knows the way back: an objective works on
-its small arrays with autograd, and `logit_gradient` carries the result to the logits in closed form, in place.
+else together ("the rest"). `StudentReduction` is made from a chunk of logits and knows the way back: an objective
+works on its small arrays with autograd, and `logit_gradient` carries the result to the logits in closed form.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -92,7 +93,7 @@ class StudentReduction:
         self._explicit = self._leaf(explicit)
         rest = self._leaf(self._sum_rest(1.0)[0])
         self._rest_terms = [_RestTerm(1.0, rest)]
-        self._dense: Tensor | None = None
+        self._dense: list[Tensor] = []  # at most one; shared with `unnormalised` views, as the rest terms are
         with torch.set_grad_enabled(differentiable):
             self._log_norm = torch.logaddexp(self._explicit.logsumexp(1), rest)
             self.log_q = self._explicit - self._log_norm[:, None]
@@ -105,6 +106,16 @@ class StudentReduction:
     def label_log_q(self) -> Tensor:
         """[R] log q of the token that follows."""
         return self._label_logit - self._log_norm
+
+    def unnormalised(self) -> StudentReduction:
+        """The same rows where the softmax's normaliser counts as a constant: for quantities that will be normalised
+        anyway (temperatures), which then cost one pass over the logits less."""
+        view = copy.copy(self)
+        view._log_norm = self._log_norm.detach()
+        with torch.set_grad_enabled(self._differentiable):
+            view.log_q = self._explicit - view._log_norm[:, None]
+            view.log_rest = self._rest_terms[0].log_sum - view._log_norm
+        return view
 
     def log_rest_power(self, exponent: float | Tensor, *, without_label: bool = False) -> Tensor:
         """[R] log Σ_rest q^a, a = exponent > 0: a number, or [R]. Differentiable to a [R] exponent too.
@@ -141,9 +152,9 @@ class StudentReduction:
 
     def dense_log_q(self) -> Tensor:
         """[R, V] the whole row, in the order of ids: for tails that cannot be summed up. Costs several [R, V]."""
-        if self._dense is None:
-            self._dense = self._leaf(self._logits.scatter(1, self.explicit_ids, self._explicit.detach()))
-        return self._dense.log_softmax(1)
+        if not self._dense:
+            self._dense.append(self._leaf(self._logits.scatter(1, self.explicit_ids, self._explicit.detach())))
+        return self._dense[0].log_softmax(1)
 
     def logit_gradient(self, loss: Tensor, *, softcap: float | None = None) -> Tensor:
         """[R, V] the gradient of a scalar loss to the logits, in memory that this object owned; ends its life.
@@ -153,11 +164,11 @@ class StudentReduction:
         sources = [self._explicit, self._label_logit]
         sources += [term.log_sum for term in self._rest_terms]
         sources += [term.mean for term in self._rest_terms if term.mean is not None]
-        sources += [self._dense] if self._dense is not None else []
+        sources += self._dense
         found = torch.autograd.grad(loss, sources, allow_unused=True)
         gradients = {id(leaf): gradient for leaf, gradient in zip(sources, found, strict=True) if gradient is not None}
         terms = [term for term in self._rest_terms if id(term.log_sum) in gradients or id(term.mean) in gradients]
-        dense = gradients.get(id(self._dense))
+        dense = gradients.get(id(self._dense[0])) if self._dense else None
         if dense is None and len(terms) == 1 and terms[0].mean is None:
             term = terms[0]
             result = self._shape_of(term, out=self._logits if softcap is None else self._work)

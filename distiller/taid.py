@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distiller.outcomes import Tail, square
 from distiller.rows import StudentReduction, TeacherRows
-from distiller.tail import Tail, square
 from storage_schemas.errors import RequestError
 
 

@@ -44,24 +44,23 @@ class CaptureExtension:
 
     def install_capture(self) -> str | None:
         """Wrap the hook of this worker's model runner, once; what is missing, in words, where there is none."""
-        from vllm.distributed import get_pp_group
+        from vllm.distributed import get_pp_group, get_tp_group
 
         worker: Any = self
         if not hasattr(worker, "logitcask_capture"):
             worker.logitcask_capture = None
-            worker.logitcask_defect = None
-            if get_pp_group().is_last_rank:  # the other pipeline stages never see final hidden states
-                worker.logitcask_defect = wrap_runner(worker.model_runner, lambda: worker.logitcask_capture)
+            last_stage = get_pp_group().is_last_rank  # the others never see final hidden states
+            worker.logitcask_writes = last_stage and get_tp_group().rank_in_group == 0
+            worker.logitcask_defect = (
+                wrap_runner(worker.model_runner, lambda: worker.logitcask_capture) if last_stage else None
+            )
         defect: str | None = worker.logitcask_defect
         return defect
 
     def begin_capture(self, path: str, rows: int, vocab_size: int, top_k: int, extras: Sequence[str]) -> None:
-        """Open the sink of a batch. Of all ranks the first of the last pipeline stage writes."""
-        from vllm.distributed import get_pp_group, get_tp_group
-
+        """Open the sink of a batch, on the one rank that writes."""
         worker: Any = self
-        writes = get_pp_group().is_last_rank and get_tp_group().rank_in_group == 0
-        sink = RowSink.open(path, rows, top_k, extras) if writes else None
+        sink = RowSink.open(path, rows, top_k, extras) if worker.logitcask_writes else None
         worker.logitcask_capture = RowCapture(vocab_size, top_k, extras, sink)
 
     def end_capture(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,7 +18,8 @@ from storage_schemas.terminal import Group
 @click.version_option(package_name="logitcask")
 def main() -> None:
     """Train a student from a teacher's cached log-probabilities; the teacher is not needed."""
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(levelname)s %(message)s")
+    level = logging.INFO if _is_first_rank() else logging.ERROR
+    logging.basicConfig(level=level, stream=sys.stderr, format="%(levelname)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
 
 
@@ -79,8 +81,11 @@ _FLAGS = {
 @click.option("--config", "config_path", help="TOML file with any setting.")
 @click.option("--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Any setting; overrides all else.")
 @click.option("--resume", is_flag=True, help="Go on from the last complete checkpoint in --output.")
+@click.option("--dry-run", is_flag=True, help="Check everything and print the counts; train and write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
-def train_command(config_path: str | None, overrides: Sequence[str], resume: bool, as_json: bool, **flags: Any) -> None:
+def train_command(
+    config_path: str | None, overrides: Sequence[str], resume: bool, dry_run: bool, as_json: bool, **flags: Any
+) -> None:
     """Train a student on a cache.
 
     Every flag is also a setting of the TOML file: [student], [data], [objective] with the objective's own options, and
@@ -91,11 +96,18 @@ def train_command(config_path: str | None, overrides: Sequence[str], resume: boo
 
     given = [f"{_FLAGS[name]}={json.dumps(value)}" for name, value in flags.items() if value is not None]
     settings = load_settings(TrainSettings, path=config_path, overrides=[*given, *overrides])
+    if dry_run:
+        from distiller.dry_run import dry_run as plan
+
+        _quieten()
+        _print_figures(plan(settings), as_json)
+        return
     from distiller.train import train
 
     _quieten()
     summary = train(settings, resume=resume)
-    _print_figures(summary, as_json)
+    if _is_first_rank():
+        _print_figures(summary, as_json)
 
 
 @main.command("evaluate")
@@ -105,6 +117,7 @@ def train_command(config_path: str | None, overrides: Sequence[str], resume: boo
 @click.option("--targets", type=click.Choice(["completion", "all"]), default="completion", help="Tokens to measure.")
 @click.option("--batch-size", type=int, default=8, help="Rows of a batch.")
 @click.option("--bf16/--no-bf16", default=False, help="Compute in bfloat16 autocast.")
+@click.option("--bootstrap-samples", type=int, default=0, help="Draws of whole documents for 95 % intervals; 0: none.")
 @click.option("--json", "json_path", metavar="FILE", help="Write the figures as JSON; - for stdout.")
 def evaluate_command(student: str, cache: str, json_path: str | None, **options: Any) -> None:
     """Measure how close a student is to the cache's teacher, on sequences it was not trained on."""
@@ -116,6 +129,11 @@ def evaluate_command(student: str, cache: str, json_path: str | None, **options:
         with open(json_path, "w", encoding="utf-8") as file:
             file.write(json.dumps(figures, indent=1) + "\n")
     _print_figures(figures, json_path == "-")
+
+
+def _is_first_rank() -> bool:
+    """Whether this is the process that speaks for all that torchrun or accelerate started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _quieten() -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from tqdm import tqdm
 
 from distiller.collate import Collator
 from distiller.head import StudentRows, TeacherRows, student_rows
@@ -33,8 +35,13 @@ def evaluate(
     targets: Targets = "completion",
     batch_size: int = 8,
     bf16: bool = False,
+    bootstrap_samples: int = 0,
+    progress: Callable[[int], object] | None = None,
 ) -> dict[str, float]:
-    """Held-out figures of a student, per target token: see `metrics` for their names. Only the cache is read."""
+    """Held-out figures of a student, per target token: see `metrics` for their names. Only the cache is read.
+
+    bootstrap_samples: with more than 0, also 95 % intervals over documents. progress: told rows as they are done.
+    """
     dataset = CacheDataset(cache, max_length=max_length, targets=targets)
     device = next(model.parameters()).device
 
@@ -45,10 +52,14 @@ def evaluate(
     model.eval()
     try:
         with torch.autocast(device.type, dtype=torch.bfloat16) if bf16 else nullcontext():
-            table = measure_rows(measure, dataset, Collator(), batch_size=batch_size, device=device)
+            table = measure_rows(measure, dataset, Collator(), batch_size=batch_size, device=device, progress=progress)
     finally:
         model.train(training)
-    return metrics(table)
+    figures = metrics(table)
+    if bootstrap_samples > 0:
+        clusters = [cache.document_ids[int(row[0])] for row in dataset.members]
+        figures.update(bootstrap_intervals(table, clusters, samples=bootstrap_samples))
+    return figures
 
 
 @torch.no_grad()
@@ -70,7 +81,7 @@ def measure_rows(
     device: torch.device,
     rank: int = 0,
     world_size: int = 1,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> Float64:
     """Sums over the target tokens of each dataset row, [rows, len(COLUMNS)] float64; rows of other ranks stay 0."""
     table = np.zeros((len(dataset), len(COLUMNS)))
@@ -85,6 +96,25 @@ def measure_rows(
         if progress is not None:
             progress(len(chosen))
     return table
+
+
+def bootstrap_intervals(table: Float64, clusters: Sequence[str], *, samples: int, seed: int = 0) -> dict[str, float]:
+    """95 % intervals of the figures in `metrics`, as `kl_low`, `kl_high` and so on: the percentile bootstrap.
+
+    Drawn are whole clusters (documents): the targets of one document are no independent samples.
+    """
+    names, owner = np.unique(np.asarray(clusters), return_inverse=True)
+    sums = np.zeros((len(names), table.shape[1]))
+    np.add.at(sums, owner, table)
+    generator = np.random.default_rng(seed)
+    draws = [metrics(sums[generator.integers(0, len(names), len(names))]) for _ in range(samples)]
+    found: dict[str, float] = {}
+    for name in ("kl", "perplexity", "top1_agreement"):
+        values = np.array([draw[name] for draw in draws])
+        if np.isfinite(values).any():
+            low, high = np.nanpercentile(values, [2.5, 97.5])
+            found[f"{name}_low"], found[f"{name}_high"] = float(low), float(high)
+    return found
 
 
 def metrics(table: Float64) -> dict[str, float]:
@@ -147,4 +177,5 @@ def evaluate_path(
     model = load_student(student)
     if torch.cuda.is_available():
         model = model.cuda()
-    return evaluate(model, reader, batch_size=batch_size, bf16=bf16, **options)
+    with tqdm(total=len(reader), desc="evaluate", unit="seq", file=sys.stderr, mininterval=0.5) as bar:
+        return evaluate(model, reader, batch_size=batch_size, bf16=bf16, progress=bar.update, **options)

@@ -127,8 +127,9 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """As inherited, but a checkpoint of a run that had ended does not get one step more."""
-        ended = self.state.stateful_callbacks.get("TrainerControl", {}).get("args", {}).get("should_training_stop", False)
-        if self.state.global_step > 0 and (ended or self.state.global_step >= self.state.max_steps):
+        saved = self.state.stateful_callbacks.get("TrainerControl", {}).get("args", {})
+        ended = saved.get("should_training_stop", False) or self.state.global_step >= self.state.max_steps
+        if self.state.global_step > 0 and ended:
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)

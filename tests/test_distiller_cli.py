@@ -121,6 +121,25 @@ def test_a_used_output_directory_is_refused(world: Path, tmp_path: Path) -> None
     assert "--resume" in result.stderr
 
 
+def test_a_dry_run_counts_and_writes_nothing(world: Path, tmp_path: Path) -> None:
+    extra = ["--eval-cache", world / "heldout", "--freeze-embeddings", "--set", "data.max_length=10"]
+    planned = run(*train_arguments(world, tmp_path / "run"), *extra, "--dry-run", "--json")
+    assert planned.exit_code == 0, planned.output
+    assert not (tmp_path / "run").exists()
+    found = json.loads(planned.stdout)
+    assert found["steps"] == 3
+    assert found["rows"] == 8
+    assert found["steps_per_epoch"] == 4
+    assert found["cut_sequences"] > 0
+    assert found["trained_parameters"] < found["parameters"]
+    epochs = run(
+        *train_arguments(world, tmp_path / "run"), "--max-steps", -1, "--num-train-epochs", 2.5, "--dry-run", "--json"
+    )
+    assert json.loads(epochs.stdout)["steps"] == 10
+    refused = run(*train_arguments(world, tmp_path / "run"), "--objective", "nonsense", "--dry-run")
+    assert refused.exit_code == 2
+
+
 HEAVY = ("torch", "transformers", "vllm", "datasets", "numpy")
 
 

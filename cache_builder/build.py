@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 
@@ -17,6 +19,7 @@ from cache_builder.teacher import Teacher, find_teacher
 from storage_schemas.codecs import get_codec
 from storage_schemas.errors import RequestError
 from storage_schemas.manifest import CacheIdentity, CaptureIdentity, Plan
+from storage_schemas.records import SequenceTopK
 from storage_schemas.writer import CacheWriter
 
 
@@ -52,7 +55,8 @@ def run(settings: BuildSettings, *, progress: bool = True) -> BuildResult:
     corpus = Corpus.open(settings.corpus, teacher.tokenizer, teacher.tokenizer_identity.vocab_size)
     writer = CacheWriter.open(settings.cache.output, identity)
     plan = _find_plan(writer, corpus, settings.cache.shard_tokens, progress=progress)
-    pending = writer.pending(plan)
+    worker, workers = settings.cache.worker_of
+    pending = [ordinal for ordinal in writer.pending(plan) if ordinal % workers == worker]
     if pending:
         capture = Capture(identity.capture.top_k, identity.tokenizer.vocab_size, identity.capture.extras)
         _score_shards(writer, corpus, plan, pending, capture, teacher.engine, _arguments(settings), progress=progress)
@@ -89,7 +93,7 @@ def _arguments(settings: BuildSettings) -> dict[str, str]:
     """The resolved settings, less where the cache goes: a copy of a cache is the same cache."""
     return {
         "logitcask": version("logitcask"),
-        "arguments": settings.model_dump_json(exclude={"cache": {"output"}}, exclude_none=True),
+        "arguments": settings.model_dump_json(exclude={"cache": {"output", "worker"}}, exclude_none=True),
     }
 
 
@@ -129,12 +133,25 @@ def _score_shards(
     try:
         writer.record_provenance({**engine.provenance(), **provenance})
         done = plan.tokens - sum(plan.shards[ordinal].tokens for ordinal in pending)
-        with tqdm(total=plan.tokens, initial=done, unit="tok", unit_scale=True, disable=not progress) as bar:
-            for ordinal in pending:
-                bar.set_description(f"shard {ordinal + 1}/{len(plan.shards)}")
-                sequences = corpus.sequences(plan.shards[ordinal])
-                writer.commit(ordinal, engine.score(sequences))
+        with (
+            tqdm(total=plan.tokens, initial=done, unit="tok", unit_scale=True, disable=not progress) as bar,
+            ThreadPoolExecutor(1, thread_name_prefix="encode") as encoder,
+        ):
+
+            def commit(ordinal: int, records: Iterator[SequenceTopK]) -> None:
+                writer.commit(ordinal, records)
                 bar.set_postfix_str(f"{writer.committed_bytes / writer.committed_tokens:.0f} B/tok", refresh=False)
                 bar.update(plan.shards[ordinal].tokens)
+
+            # While the teacher scores one shard the one before is encoded and stored, and no third is held.
+            encoding: Future[None] | None = None
+            for ordinal in pending:
+                bar.set_description(f"shard {ordinal + 1}/{len(plan.shards)}")
+                records = engine.score(corpus.sequences(plan.shards[ordinal]))
+                if encoding is not None:
+                    encoding.result()
+                encoding = encoder.submit(commit, ordinal, records)
+            if encoding is not None:
+                encoding.result()
     finally:
         engine.close()

@@ -27,6 +27,7 @@ _FLAGS = {
     "codec": "cache.codec",
     "format": "cache.format",
     "shard_tokens": "cache.shard_tokens",
+    "worker": "cache.worker",
 }
 """Where each flag of `build` stands in the configuration."""
 
@@ -50,6 +51,7 @@ def main() -> None:
 @click.option("--codec", help="ld8 (8 bits, default) or ld16 (16 bits, exact for all practice).  [cache.codec]")
 @click.option("--format", type=click.Choice(["arrow", "zarr"]), help="Container; arrow by default.  [cache.format]")
 @click.option("--shard-tokens", type=int, help="Tokens of a shard; 131072 by default.  [cache.shard_tokens]")
+@click.option("--worker", metavar="I/N", help="Build every N-th shard from the I-th on, beside others.  [cache.worker]")
 @click.option("--engine", type=click.Choice(["vllm", "hf"]), help="vllm by default.  [engine.name]")
 @click.option("--dtype", help="The checkpoint's own by default.  [engine.dtype]")
 @click.option("--tensor-parallel-size", type=int, help="GPUs that share the teacher.  [engine.tensor_parallel_size]")

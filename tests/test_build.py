@@ -275,6 +275,71 @@ def test_killed_at_fifty_random_moments(tmp_path, tiny_model_dir, documents):
         kill_and_continue(tmp_path / str(repeat), tiny_model_dir, documents, map(at_random, range(5)))
 
 
+def test_several_builders_share_one_cache(tmp_path, built, tiny_model_dir, documents):
+    """Disjoint shards in any order of finishing; the last one seals, and the bytes are one builder's."""
+    output = tmp_path / "shared"
+    results = [
+        run(make_settings(tiny_model_dir, documents, output, cache__worker=f"{i}/3"), progress=False) for i in (2, 0, 1)
+    ]
+    assert [result.sealed for result in results] == [False, False, True]
+    assert sum(result.shards_built for result in results) == results[0].shards
+    assert all(result.shards_built for result in results)
+    ours, theirs = contents(output), contents(built)
+    assert ours == theirs
+    assert "expected 0/3 to 2/3" in refuse(
+        ["--teacher", tiny_model_dir, "--dataset", documents, "--max-length", 48, "--worker", "3/3"], output=output
+    )
+
+
+def test_a_failing_encoder_ends_the_build(tmp_path, tiny_model_dir, documents, monkeypatch):
+    """The thread beside the teacher must not fail in silence."""
+    from storage_schemas.writer import CacheWriter
+
+    commit = CacheWriter.commit
+
+    def fail(self, ordinal, records):
+        if ordinal == 2:
+            raise RuntimeError("planted")
+        return commit(self, ordinal, records)
+
+    monkeypatch.setattr(CacheWriter, "commit", fail)
+    with pytest.raises(RuntimeError, match="planted"):
+        run(make_settings(tiny_model_dir, documents, tmp_path / "c"), progress=False)
+    assert len(list((tmp_path / "c" / "shards").glob("*.index"))) == 2
+    monkeypatch.undo()
+    assert run(make_settings(tiny_model_dir, documents, tmp_path / "c"), progress=False).sealed
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_build_can_be_continued(tmp_path, tiny_model_dir, documents, number):
+    settings = make_settings(tiny_model_dir, documents, tmp_path / "c", cache__shard_tokens=1)
+    arguments = [
+        "build",
+        "--set",
+        "cache.codec=ld16",
+        "--engine",
+        "hf",
+        "--teacher",
+        tiny_model_dir,
+        "--dataset",
+        documents,
+    ]
+    arguments += ["--max-length", 48, "--top-k", 8, "--shard-tokens", 1, "--output", tmp_path / "c"]
+    slow = SLOW_BUILD.partition("print(")[0] + "from cache_builder.cli import main\nmain(sys.argv[3:])"
+    command = [sys.executable, "-c", slow, "", str(tmp_path / "log"), *map(str, arguments)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while len(list((tmp_path / "c" / "shards").glob("*.index"))) < 2:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.005)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=10)
+    assert process.returncode == 130
+    assert "run the same command again to continue" in said
+    run(settings, progress=False)
+    run(make_settings(tiny_model_dir, documents, tmp_path / "whole", cache__shard_tokens=1), progress=False)
+    assert_same_cache(tmp_path / "c", tmp_path / "whole")
+
+
 def refuse(arguments, *, output):
     before = contents(output) if Path(output).is_dir() else None
     done = CliRunner().invoke(main, ["build", "--engine", "hf", *map(str, arguments), "--output", str(output)])

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-ABSENT = -1e20
-"""Logit of a column that is not there. Finite, so that 0 · log 0 is 0 without a special case."""
+ABSENT = -1e6
+"""Logit of a column that is not there: far below any logit, so that its exp is 0, yet finite, so that 0 · log 0 is 0
+without a special case, and small enough for differences between such values to keep some digits."""
 
 
 @dataclass(frozen=True)

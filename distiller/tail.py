@@ -53,9 +53,13 @@ class StudentTail(Tail):
             )
             log_p = torch.cat([log_p, scale(capped, exponent)], 1)
             log_q = torch.cat([log_q, scale(candidates, exponent)], 1)
+        if student.explicit_ids.shape[1] == student.vocab_size:
+            return Powers(log_p, log_q)  # there is no rest
         shift, log_weights = self._nodes(student, known)
         # Σ p^a = λ^a Σ q^a, with a λ of each node
-        rest_p = scale(log_ratio[:, None] + shift, exponent) + log_weights + log_rest_power.detach()[:, None]
+        log_mass = log_ratio + log_rest  # of what is left to the rest
+        shape = log_rest_power.detach() - exponent * log_rest  # log Σ_rest (q/Q)^a
+        rest_p = scale(log_mass[:, None] + shift, exponent) + log_weights + shape[:, None]
         rest_q = log_rest_power[:, None] + log_weights
         rest_p = self._settle(known, log_p[:, stored:], rest_p, exponent)
         apart = -(log_weights.exp() * log_weights).sum()  # the entropy that the nodes themselves show

@@ -105,3 +105,7 @@ def _as_overrides(flags: Mapping[str, Any]) -> list[str]:
 
 def _stop(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    main()

@@ -27,7 +27,7 @@ def make_planted_teacher(path: Path, tokenizer: PreTrainedTokenizerFast, *, padd
         vocab_size=size + padding,
         hidden_size=width,
         intermediate_size=64,
-        num_hidden_layers=1,
+        num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
         head_dim=32,
@@ -47,8 +47,9 @@ def make_planted_teacher(path: Path, tokenizer: PreTrainedTokenizerFast, *, padd
     with torch.no_grad():
         model.model.embed_tokens.weight.copy_(torch.from_numpy(embedding))
         model.lm_head.weight.copy_(torch.from_numpy(head))
-        model.model.layers[0].self_attn.o_proj.weight.zero_()
-        model.model.layers[0].mlp.down_proj.weight.zero_()
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     exact = embedding.astype(np.float64)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
-from storage_schemas.records import SequenceTopK, TokenSequence
+from storage_schemas.records import Int32, SequenceTopK, TokenSequence
 
 
 @dataclass(frozen=True)
@@ -33,3 +33,39 @@ class TeacherEngine(Protocol):
 
     def close(self) -> None:
         """Free the teacher's memory and end the processes it started."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How one prompt is answered, under the names of vLLM's SamplingParams. temperature 0 is greedy, top_k 0 is off.
+
+    stop_token_ids: every token that ends an answer, the model's own among them; no other does.
+    """
+
+    max_tokens: int
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the teacher wrote behind a prompt. token_ids: [G] int32, 1 ≤ G ≤ max_tokens, the stop token included."""
+
+    token_ids: Int32
+    finish_reason: Literal["stop", "length"]
+
+
+class GeneratingEngine(TeacherEngine, Protocol):
+    """A teacher that can also write."""
+
+    def generate(self, prompts: Sequence[Int32], sampling: Sequence[Sampling]) -> list[Answer]:
+        """One closed batch: an answer to each prompt, in the order given, of ids below the capture's vocab_size.
+
+        Every answer has its own seed; nothing may depend on what an earlier call did.
+        """

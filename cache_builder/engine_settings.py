@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from cache_builder.engine import Capture, TeacherEngine
+from cache_builder.engine import Capture, GeneratingEngine
 from storage_schemas.errors import RequestError
 from storage_schemas.records import EXTRAS, TokenSequence
 from storage_schemas.settings import Settings
@@ -44,7 +44,7 @@ class EngineSettings(Settings):
     extra_args: dict[str, Any] = Field(default_factory=dict)
 
 
-def open_engine(settings: EngineSettings, capture: Capture) -> TeacherEngine:
+def open_engine(settings: EngineSettings, capture: Capture) -> GeneratingEngine:
     """Load the teacher that the settings name; raises RequestError where it cannot give what `capture` asks for."""
     if settings.name == "hf":
         from cache_builder.hf_engine import HFEngine

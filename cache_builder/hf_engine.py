@@ -9,16 +9,17 @@ import copy
 import gc
 import platform
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 import transformers
 
-from cache_builder.engine import Capture
+from cache_builder.engine import Answer, Capture, Sampling
 from cache_builder.engine_settings import EngineSettings, check_capture, check_sequences
 from cache_builder.scored_sequence import make_record
 from storage_schemas.errors import RequestError
-from storage_schemas.records import SequenceTopK, TokenSequence
+from storage_schemas.records import Int32, SequenceTopK, TokenSequence
 
 _USED = {"name", "model", "revision", "dtype", "head_dtype", "max_model_len", "trust_remote_code", "seed"}
 _ROWS_PER_BLOCK = 128  # float64 rows held at once: 128 × 150k ids is 150 MB
@@ -60,8 +61,11 @@ class HFEngine:
         except (OSError, ValueError) as error:
             reason = str(error).strip().partition("\n")[0]
             raise RequestError(f"transformers cannot load the teacher {settings.model}: {reason}") from error
+        # What a checkpoint suggests for sampling is no default of ours.
+        self._model.generation_config = transformers.GenerationConfig()
         config = self._model.config.get_text_config()
-        check_capture(capture, int(config.vocab_size))
+        self._model_vocab_size = int(config.vocab_size)
+        check_capture(capture, self._model_vocab_size)
         own_limit = int(getattr(config, "max_position_embeddings", 0) or 0)
         if settings.max_model_len and own_limit and settings.max_model_len > own_limit:
             self.close()
@@ -89,6 +93,39 @@ class HFEngine:
         """The distributions of every sequence, in the order given; nothing is shared between sequences."""
         check_sequences(sequences, self._capture.vocab_size, self._max_length)
         return (self._score_one(sequence) for sequence in sequences)
+
+    def generate(self, prompts: Sequence[Int32], sampling: Sequence[Sampling]) -> list[Answer]:
+        """An answer to each prompt, in the order given, one prompt at a time."""
+        return [self._answer(prompt, own) for prompt, own in zip(prompts, sampling, strict=True)]
+
+    @torch.inference_mode()
+    def _answer(self, prompt: Int32, sampling: Sampling) -> Answer:
+        assert self._model is not None, "generate() after close()"
+        random = {
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k,
+            "min_p": sampling.min_p or None,
+        }
+        config = transformers.GenerationConfig(
+            max_new_tokens=sampling.max_tokens,
+            min_new_tokens=sampling.min_tokens,
+            do_sample=sampling.temperature > 0,
+            repetition_penalty=sampling.repetition_penalty,
+            eos_token_id=list(sampling.stop_token_ids) or None,
+            pad_token_id=0,  # never read: a batch is one prompt
+            suppress_tokens=list(range(self._capture.vocab_size, self._model_vocab_size)) or None,
+            **(random if sampling.temperature > 0 else {}),
+        )
+        token_ids = torch.from_numpy(prompt.astype(np.int64)).to(self._device)[None]
+        with torch.random.fork_rng(devices=[self._device] if self._device.type == "cuda" else []):
+            torch.manual_seed(sampling.seed)
+            generate: Any = self._model.generate
+            whole = generate(
+                input_ids=token_ids, attention_mask=torch.ones_like(token_ids), generation_config=config
+            )
+        answer = whole[0, len(prompt) :].cpu().numpy().astype(np.int32)
+        return Answer(answer, "stop" if int(answer[-1]) in sampling.stop_token_ids else "length")
 
     def close(self) -> None:
         """Free the model."""

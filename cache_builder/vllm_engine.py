@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import gc
 import logging
+import math
 import os
 import platform
 import warnings
@@ -17,14 +18,14 @@ import numpy as np
 import torch
 from pydantic import ValidationError
 
-from cache_builder.engine import Capture
+from cache_builder.engine import Answer, Capture, Sampling
 from cache_builder.engine_settings import EngineSettings, check_capture, check_sequences
 from cache_builder.prompt_logprobs import count_asked, read_output
 from cache_builder.row_sink import RowSink
 from cache_builder.scored_sequence import make_record
 from cache_builder.vllm_capture import EXTRA_ARG, CaptureExtension
 from storage_schemas.errors import RequestError
-from storage_schemas.records import SequenceTopK, TokenSequence
+from storage_schemas.records import Int32, SequenceTopK, TokenSequence
 
 _ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine core in this process: a batch is closed before its first step
@@ -38,6 +39,8 @@ _FIXED = {
     "worker_extension_cls": f"{CaptureExtension.__module__}.{CaptureExtension.__qualname__}",
 }
 _PREFILL = {"max_tokens": 1, "temperature": 0.0, "detokenize": False, "skip_reading_prefix_cache": True}
+_MOST_BIASED_IDS = 1024
+"""vLLM's own limit on logit_bias."""
 _LOGGING = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_LOGGING_STREAM": "ext://sys.stderr"}
 _CPU_KV_CACHE_BYTES = 2 << 30
 _EXPECTED_FROM = ("vllm.renderers.base", "vllm.engine.arg_utils", "vllm.config.model")
@@ -105,6 +108,50 @@ class VLLMEngine:
         except BaseException:
             self.close()  # half a batch is queued in there, and must not become part of the next
             raise
+
+    def generate(self, prompts: Sequence[Int32], sampling: Sequence[Sampling]) -> list[Answer]:
+        """One closed batch: an answer to each prompt, in the order given; every request is queued before the first
+        step. The model's padded ids are kept out by logit_bias, of which vLLM takes 1,024."""
+        padding = range(self._capture.vocab_size, self._model_vocab_size)
+        bias = dict.fromkeys(padding, -math.inf) if 0 < len(padding) <= _MOST_BIASED_IDS else None
+        params = [
+            self._vllm.SamplingParams(
+                **{**vars(own), "seed": own.seed if own.temperature else None, "stop_token_ids": [*own.stop_token_ids]},
+                logit_bias=bias,
+                ignore_eos=True,  # stop_token_ids has it
+                detokenize=False,
+            )
+            for own in sampling
+        ]
+        inputs = [{"prompt_token_ids": prompt.tolist()} for prompt in prompts]
+        answers = []
+        try:
+            with _quiet():
+                for group in self._groups([len(prompt) for prompt in prompts]):
+                    outputs = self._llm.generate(inputs[group], params[group], use_tqdm=False)
+                    answers += [output.outputs[0] for output in outputs]
+        except BaseException:
+            self.close()
+            raise
+        assert len(answers) == len(prompts)
+        return [Answer(np.array(answer.token_ids, dtype=np.int32), answer.finish_reason) for answer in answers]
+
+    def _groups(self, lengths: Sequence[int]) -> Iterator[slice]:
+        """All at once; on the CPU as many as one step prefills, for vLLM 0.32 cannot wind back the generator of a
+        seeded request that is prefilled in chunks there ("CPU Generator does not use offset")."""
+        from vllm.platforms import current_platform
+
+        scheduler = self._llm.llm_engine.vllm_config.scheduler_config
+        start, tokens = 0, 0
+        for stop, length in enumerate(lengths if current_platform.is_cpu() else ()):
+            if start < stop and (
+                tokens + length > scheduler.max_num_batched_tokens or stop - start == scheduler.max_num_seqs
+            ):
+                yield slice(start, stop)
+                start, tokens = stop, 0
+            tokens += length
+        if start < len(lengths):
+            yield slice(start, len(lengths))
 
     def close(self) -> None:
         """Free the teacher and end the processes that vLLM started for it."""

@@ -131,6 +131,17 @@ def evaluate_command(student: str, cache: str, json_path: str | None, **options:
     _print_figures(figures, json_path == "-")
 
 
+@main.command("report")
+@click.argument("runs", nargs=-1, required=True)
+@click.option("--output", default="report.html", help="The page to write.")
+def report_command(runs: Sequence[str], output: str) -> None:
+    """Show training runs on one HTML page: curves, settings that differ, the worst held-out targets."""
+    from distiller.report import write_report
+
+    write_report(runs, output)
+    click.echo(output)
+
+
 def _is_first_rank() -> bool:
     """Whether this is the process that speaks for all that torchrun or accelerate started."""
     return os.environ.get("RANK", "0") == "0"

@@ -15,8 +15,10 @@ from tqdm import tqdm
 
 from distiller.collate import Collator
 from distiller.head import StudentRows, TeacherRows, student_rows
-from distiller.stream import CacheDataset, Targets
+from distiller.stream import CacheDataset, Targets, TrainingRow
 from distiller.student import check_compatible, hidden_states, load_config, load_student, load_tokenizer, output_head
+from distiller.worst import WorstTargets
+from storage_schemas.errors import RequestError
 from storage_schemas.reader import CacheReader
 
 Float64 = NDArray[np.float64]
@@ -82,15 +84,22 @@ def measure_rows(
     rank: int = 0,
     world_size: int = 1,
     progress: Callable[[int], object] | None = None,
+    worst: WorstTargets | None = None,
 ) -> Float64:
-    """Sums over the target tokens of each dataset row, [rows, len(COLUMNS)] float64; rows of other ranks stay 0."""
+    """Sums over the target tokens of each dataset row, [rows, len(COLUMNS)] float64; rows of other ranks stay 0.
+
+    worst: is shown every target of an unpacked dataset.
+    """
     table = np.zeros((len(dataset), len(COLUMNS)))
     mine = range(rank, len(dataset), world_size)
     for start in range(0, len(mine), batch_size):
         chosen = mine[start : start + batch_size]
         rows = [dataset[i] for i in chosen]
         if any(len(row.positions) for row in rows):
-            values = _per_target(measure(_to_device(collator(rows), device)), rows)
+            student = measure(_to_device(collator(rows), device))
+            values = _per_target(student, rows)
+            if worst is not None:
+                _show(worst, dataset, chosen, rows, values, student)
             owner = np.repeat(np.array(chosen), [len(row.positions) for row in rows])
             np.add.at(table, owner, values)
         if progress is not None:
@@ -141,7 +150,7 @@ def metrics(table: Float64) -> dict[str, float]:
     }
 
 
-def _per_target(student: StudentRows, rows: list[Any]) -> Float64:
+def _per_target(student: StudentRows, rows: list[TrainingRow]) -> Float64:
     """[N, len(COLUMNS)] figures of each target."""
     log_p = torch.from_numpy(np.concatenate([row.top_logprobs for row in rows])).double()
     log_m = torch.from_numpy(np.concatenate([row.log_tail_mass for row in rows])).double()
@@ -151,6 +160,23 @@ def _per_target(student: StudentRows, rows: list[Any]) -> Float64:
     agreed = (student.top1_ids.cpu() == top_ids[:, 0]).double()
     columns = [torch.ones_like(kl), kl, -student.label_log_q.double().cpu(), teacher_nll, agreed]
     return torch.stack(columns, dim=1).numpy()
+
+
+def _show(
+    worst: WorstTargets,
+    dataset: CacheDataset,
+    chosen: Sequence[int],
+    rows: list[TrainingRow],
+    values: Float64,
+    student: StudentRows,
+) -> None:
+    log_q = student.log_q.float().cpu().numpy()
+    start = 0
+    for i, row in zip(chosen, rows, strict=True):
+        stop = start + len(row.positions)
+        name = dataset.cache.sequence_ids[int(dataset.members[i][0])]
+        worst.add(name, row, values[start:stop, COLUMNS.index("kl")], log_q[start:stop])
+        start = stop
 
 
 def _weighted(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
@@ -178,4 +204,9 @@ def evaluate_path(
     if torch.cuda.is_available():
         model = model.cuda()
     with tqdm(total=len(reader), desc="evaluate", unit="seq", file=sys.stderr, mininterval=0.5) as bar:
-        return evaluate(model, reader, batch_size=batch_size, bf16=bf16, progress=bar.update, **options)
+        figures = evaluate(model, reader, batch_size=batch_size, bf16=bf16, progress=bar.update, **options)
+    if figures["targets"] == 0:
+        raise RequestError(
+            f"expected target tokens to measure, got none in {cache}; give --targets all or another cache"
+        )
+    return figures

@@ -38,6 +38,7 @@ from storage_schemas.settings import write_settings
 logger = logging.getLogger(__name__)
 
 SUMMARY_NAME = "summary.json"
+WORST_NAME = "worst_targets.json"
 DEFAULTS: dict[str, Any] = {
     "learning_rate": 1e-4,
     "lr_scheduler_type": "cosine",
@@ -86,11 +87,13 @@ def train(settings: TrainSettings, *, resume: bool = False) -> dict[str, Any]:
         (output / PROVENANCE_NAME).write_text(json.dumps(provenance(cache), indent=1) + "\n", encoding="utf-8")
     trainer.train(resume_from_checkpoint=checkpoint)
     final = trainer.evaluate() if eval_dataset is not None else {}
+    worst = [target.described(tokenizer) for target in trainer.worst_targets]
     save_student(trainer, tokenizer)
     trainer.save_state()
     summary = summarise(settings, trainer, final, seconds=time.monotonic() - started)
     if trainer.is_world_process_zero():
         (output / SUMMARY_NAME).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+        (output / WORST_NAME).write_text(json.dumps(worst, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         (output / "README.md").write_text(model_card(settings, summary, provenance(cache)), encoding="utf-8")
     return summary
 

@@ -22,6 +22,7 @@ from distiller.objectives import Objective
 from distiller.packing import check_packing, wants_flat_rows
 from distiller.stream import CacheDataset, WindowShuffleSampler
 from distiller.student import install_loss
+from distiller.worst import WorstTarget, WorstTargets
 from storage_schemas.errors import RequestError
 
 UNSUPPORTED_ARGUMENTS = {
@@ -33,6 +34,10 @@ UNSUPPORTED_ARGUMENTS = {
 }
 """TrainingArguments that would change the loss, the order or the batch behind the objective's back, and the one value
 each may have."""
+
+
+WORST_TARGETS = 20
+"""How many of the last evaluation are kept in `DistillationTrainer.worst_targets`."""
 
 
 class DistillationTrainer(Trainer):  # type: ignore[misc]
@@ -74,6 +79,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         self.objective = objective
         self.shuffle_window = shuffle_window
         self.data_wait_seconds = 0.0
+        self.worst_targets: list[WorstTarget] = []
         self._sums: dict[str, torch.Tensor] = {}
         self._since_log: dict[str, float] = {}
         if train_dataset.packing:
@@ -190,6 +196,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             with torch.no_grad():
                 return model(**batch, measure=True)
 
+        worst = WorstTargets(WORST_TARGETS)
         table = measure_rows(
             measure,
             dataset,
@@ -198,10 +205,13 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             device=self.args.device,
             rank=self.accelerator.process_index,
             world_size=self.accelerator.num_processes,
+            worst=None if dataset.packing else worst,
         )
         model.train(training)
+        self.worst_targets = worst.targets()
         if self.accelerator.num_processes > 1:
             table = sum(gather_object([table]))
+            self.worst_targets = worst.merge(gather_object([self.worst_targets]))
         return metrics(table)
 
     def _objective_callback(self) -> ObjectiveCallback:

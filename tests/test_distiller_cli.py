@@ -143,7 +143,7 @@ def test_a_dry_run_counts_and_writes_nothing(world: Path, tmp_path: Path) -> Non
 HEAVY = ("torch", "transformers", "vllm", "datasets", "numpy")
 
 
-@pytest.mark.parametrize("command", [[], ["init-student"], ["train"], ["evaluate"]])
+@pytest.mark.parametrize("command", [[], ["init-student"], ["train"], ["evaluate"], ["report"]])
 def test_help_imports_nothing_heavy(command: list[str]) -> None:
     code = (
         "import sys\nfrom distiller.cli import main\n"

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from distiller.evaluate import bootstrap_intervals, evaluate
+from distiller.collate import Collator
+from distiller.evaluate import bootstrap_intervals, evaluate, measure_batch, measure_rows
 from distiller.stream import CacheDataset
+from distiller.worst import WorstTargets
 from storage_schemas.reader import CacheReader
 from tests.students import make_student
 from tests.teacher_cache import write_cache
@@ -103,3 +105,29 @@ def test_intervals_are_the_same_every_time_and_contain_the_figure(cache: CacheRe
     assert first == second
     for name in ("kl", "perplexity", "top1_agreement"):
         assert first[f"{name}_low"] <= first[name] <= first[f"{name}_high"]
+
+
+def test_the_worst_targets_are_those_of_a_full_sort(cache: CacheReader, tmp_path: Path) -> None:
+    student = make_student().eval()
+    dataset = CacheDataset(cache)
+    worst = WorstTargets(7)
+    everything = WorstTargets(10_000)
+    for collector, batch_size in ((worst, 3), (everything, 1)):
+        measure_rows(
+            lambda batch: measure_batch(student, batch, dataset.vocab_size),
+            dataset,
+            Collator(),
+            batch_size=batch_size,
+            device=torch.device("cpu"),
+            worst=collector,
+        )
+    found, sorted_all = worst.targets(), everything.targets()
+    assert len(sorted_all) == sum(len(dataset[i].positions) for i in range(len(dataset)))
+    assert [target.kl for target in sorted_all] == sorted((target.kl for target in sorted_all), reverse=True)
+    assert [(t.sequence_id, t.position) for t in found] == [(t.sequence_id, t.position) for t in sorted_all[:7]]
+    record = next(r for r in cache if r.sequence_id == found[0].sequence_id)
+    assert found[0].context_ids[-1] == record.token_ids[found[0].position]
+    assert found[0].label_id == record.token_ids[found[0].position + 1]
+    assert found[0].top_ids == record.top_ids[found[0].position][:5].tolist()
+    halves = [everything.targets()[::2], everything.targets()[1::2]]
+    assert worst.merge(halves) == sorted_all[:7]

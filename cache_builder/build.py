@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import version
+from types import MappingProxyType
 
 from tqdm import tqdm
 
 from cache_builder.config import BuildSettings
 from cache_builder.corpus import Corpus, describe_segment, plan_shards
-from cache_builder.engine import Capture
-from cache_builder.engine_settings import EngineSettings, open_engine
+from cache_builder.engine import Capture, GeneratingEngine, TeacherEngine
+from cache_builder.engine_settings import open_engine
+from cache_builder.generate import Generation, describe_generation, find_stop_token_ids
+from cache_builder.prompts import Prompts
 from cache_builder.teacher import Teacher, find_teacher
 from storage_schemas.codecs import get_codec
 from storage_schemas.errors import RequestError
-from storage_schemas.manifest import CacheIdentity, CaptureIdentity, Plan
+from storage_schemas.manifest import CacheIdentity, CaptureIdentity, Plan, Scalar
 from storage_schemas.records import SequenceTopK
 from storage_schemas.writer import CacheWriter
 
@@ -52,14 +57,25 @@ def run(settings: BuildSettings, *, progress: bool = True) -> BuildResult:
     get_codec(settings.cache.codec)
     teacher = find_teacher(settings.engine)
     identity = _identify(settings, teacher)
-    corpus = Corpus.open(settings.corpus, teacher.tokenizer, teacher.tokenizer_identity.vocab_size)
     writer = CacheWriter.open(settings.cache.output, identity)
-    plan = _find_plan(writer, corpus, settings.cache.shard_tokens, progress=progress)
-    worker, workers = settings.cache.worker_of
-    pending = [ordinal for ordinal in writer.pending(plan) if ordinal % workers == worker]
-    if pending:
-        capture = Capture(identity.capture.top_k, identity.tokenizer.vocab_size, identity.capture.extras)
-        _score_shards(writer, corpus, plan, pending, capture, teacher.engine, _arguments(settings), progress=progress)
+    with ExitStack() as stack:
+
+        @functools.cache
+        def load_teacher() -> GeneratingEngine:
+            """Loaded when it is first needed: a build with nothing to do loads none."""
+            capture = Capture(identity.capture.top_k, identity.tokenizer.vocab_size, identity.capture.extras)
+            longest = teacher.engine.max_model_len or settings.corpus.max_length
+            engine = open_engine(teacher.engine.model_copy(update={"max_model_len": longest}), capture)
+            stack.callback(engine.close)
+            writer.record_provenance({**engine.provenance(), **_arguments(settings)})
+            return engine
+
+        find = _find_plan if settings.generate is None else _generate
+        corpus, plan = find(writer, settings, teacher, load_teacher, progress=progress)
+        worker, workers = settings.cache.worker_of
+        pending = [ordinal for ordinal in writer.pending(plan) if ordinal % workers == worker]
+        if pending:
+            _score_shards(writer, corpus, plan, pending, load_teacher(), progress=progress)
     sealed = writer.seal(plan) is not None
     return BuildResult(
         output=settings.cache.output,
@@ -97,18 +113,62 @@ def _arguments(settings: BuildSettings) -> dict[str, str]:
     }
 
 
-def _find_plan(writer: CacheWriter, corpus: Corpus, shard_tokens: int, *, progress: bool) -> Plan:
-    """The stored plan of this corpus; made now, by one pass over the documents, where there is none."""
-    segment = describe_segment(corpus, shard_tokens)
+def _find_plan(
+    writer: CacheWriter,
+    settings: BuildSettings,
+    teacher: Teacher,
+    load_teacher: Callable[[], GeneratingEngine],
+    *,
+    progress: bool,
+) -> tuple[Corpus, Plan]:
+    """The corpus, and its stored plan; made now, by one pass over the documents, where there is none."""
+    corpus = Corpus.open(settings.corpus, teacher.tokenizer, teacher.tokenizer_identity.vocab_size)
+    segment = describe_segment(corpus, settings.cache.shard_tokens)
     stored = writer.plan(segment)
-    if stored is not None:
-        return stored
+    if stored is None:
+        stored = _make_plan(writer, corpus, segment, settings.cache.shard_tokens, progress=progress)
+    return corpus, stored
+
+
+def _generate(
+    writer: CacheWriter,
+    settings: BuildSettings,
+    teacher: Teacher,
+    load_teacher: Callable[[], GeneratingEngine],
+    *,
+    progress: bool,
+) -> tuple[Corpus, Plan]:
+    """The corpus of the teacher's answers and its plan; before there is a plan, every prompt is answered."""
+    assert settings.generate is not None
+    prompts = Prompts.open(settings.corpus, teacher.tokenizer, teacher.tokenizer_identity.vocab_size)
+    stop_token_ids = find_stop_token_ids(teacher, settings.generate)
+    segment = describe_generation(prompts, settings.generate, stop_token_ids, settings.cache.shard_tokens)
+    stored = writer.plan(segment)
+    generation = Generation(prompts, settings.generate, teacher, writer.storage, segment, stop_token_ids)
+    if stored is None:
+        generation.run(load_teacher, settings.cache.worker_of, progress=progress)
+        corpus = generation.open_corpus()
+        shard_tokens, counts = settings.cache.shard_tokens, generation.count()
+        stored = _make_plan(writer, corpus, segment, shard_tokens, counts, progress=progress)
+    return generation.open_corpus(), stored
+
+
+def _make_plan(
+    writer: CacheWriter,
+    corpus: Corpus,
+    segment: dict[str, Scalar],
+    shard_tokens: int,
+    counts: Mapping[str, int] = MappingProxyType({}),
+    *,
+    progress: bool,
+) -> Plan:
+    """counts: what is known of the documents beside what the corpus says of them."""
     with tqdm(total=len(corpus), desc="tokenising", unit="doc", disable=not progress) as bar:
         made = plan_shards(corpus, shard_tokens, progress=bar.update)
     return writer.store_plan(
         Plan(
             segment=segment,
-            counts=dataclasses.asdict(made.counts),
+            counts={**dataclasses.asdict(made.counts), **counts},
             digest=made.digest,
             shards=made.shards,
         )
@@ -120,38 +180,28 @@ def _score_shards(
     corpus: Corpus,
     plan: Plan,
     pending: list[int],
-    capture: Capture,
-    settings: EngineSettings,
-    provenance: dict[str, str],
+    engine: TeacherEngine,
     *,
     progress: bool,
 ) -> None:
-    longest = corpus.settings.max_length
-    if settings.max_model_len is None:
-        settings = settings.model_copy(update={"max_model_len": longest})
-    engine = open_engine(settings, capture)
-    try:
-        writer.record_provenance({**engine.provenance(), **provenance})
-        done = plan.tokens - sum(plan.shards[ordinal].tokens for ordinal in pending)
-        with (
-            tqdm(total=plan.tokens, initial=done, unit="tok", unit_scale=True, disable=not progress) as bar,
-            ThreadPoolExecutor(1, thread_name_prefix="encode") as encoder,
-        ):
+    done = plan.tokens - sum(plan.shards[ordinal].tokens for ordinal in pending)
+    with (
+        tqdm(total=plan.tokens, initial=done, unit="tok", unit_scale=True, disable=not progress) as bar,
+        ThreadPoolExecutor(1, thread_name_prefix="encode") as encoder,
+    ):
 
-            def commit(ordinal: int, records: Iterator[SequenceTopK]) -> None:
-                writer.commit(ordinal, records)
-                bar.set_postfix_str(f"{writer.committed_bytes / writer.committed_tokens:.0f} B/tok", refresh=False)
-                bar.update(plan.shards[ordinal].tokens)
+        def commit(ordinal: int, records: Iterator[SequenceTopK]) -> None:
+            writer.commit(ordinal, records)
+            bar.set_postfix_str(f"{writer.committed_bytes / writer.committed_tokens:.0f} B/tok", refresh=False)
+            bar.update(plan.shards[ordinal].tokens)
 
-            # While the teacher scores one shard the one before is encoded and stored, and no third is held.
-            encoding: Future[None] | None = None
-            for ordinal in pending:
-                bar.set_description(f"shard {ordinal + 1}/{len(plan.shards)}")
-                records = engine.score(corpus.sequences(plan.shards[ordinal]))
-                if encoding is not None:
-                    encoding.result()
-                encoding = encoder.submit(commit, ordinal, records)
+        # While the teacher scores one shard the one before is encoded and stored, and no third is held.
+        encoding: Future[None] | None = None
+        for ordinal in pending:
+            bar.set_description(f"shard {ordinal + 1}/{len(plan.shards)}")
+            records = engine.score(corpus.sequences(plan.shards[ordinal]))
             if encoding is not None:
                 encoding.result()
-    finally:
-        engine.close()
+            encoding = encoder.submit(commit, ordinal, records)
+        if encoding is not None:
+            encoding.result()

@@ -76,6 +76,24 @@ class ChatTemplate:
         start = len(turn.prefix(text, len(prompt), generation_prompt=True)) if prompt else 0
         return RenderedChat(text, tuple(span for span in spans if span[0] >= start))
 
+    def render_prompt(
+        self,
+        messages: Sequence[Message],
+        label: str,
+        *,
+        tools: list[Any] | None = None,
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The messages, and the start of the assistant's turn that answers them. Raises RequestError as `render`."""
+        _check_messages(messages, label)
+        if messages[-1]["role"] not in ("user", "tool"):
+            raise RequestError(
+                f"{label}: expected messages that end with a user's turn, which the teacher answers, got a turn of "
+                f"{messages[-1]['role']!r} at the end; take it out, or build without --generate"
+            )
+        merged = {**self._settings.chat_template_kwargs, **(kwargs or {})}
+        return _Rendering(self, list(messages), label, tools, merged).through(len(messages), generation_prompt=True)[0]
+
 
 @dataclass(frozen=True)
 class _Rendering:

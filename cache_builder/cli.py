@@ -52,18 +52,21 @@ def main() -> None:
 @click.option("--format", type=click.Choice(["arrow", "zarr"]), help="Container; arrow by default.  [cache.format]")
 @click.option("--shard-tokens", type=int, help="Tokens of a shard; 131072 by default.  [cache.shard_tokens]")
 @click.option("--worker", metavar="I/N", help="Build every N-th shard from the I-th on, beside others.  [cache.worker]")
+@click.option("--generate", is_flag=True, help="The dataset holds prompts, which the teacher answers.  [generate]")
 @click.option("--engine", type=click.Choice(["vllm", "hf"]), help="vllm by default.  [engine.name]")
 @click.option("--dtype", help="The checkpoint's own by default.  [engine.dtype]")
 @click.option("--tensor-parallel-size", type=int, help="GPUs that share the teacher.  [engine.tensor_parallel_size]")
-@click.option("--config", type=click.Path(), help="TOML file with the tables [engine], [corpus], [cache].")
+@click.option("--config", type=click.Path(), help="TOML file with the tables [engine], [corpus], [cache], [generate].")
 @click.option("--set", "overrides", multiple=True, metavar="TABLE.KEY=VALUE", help="Any other setting; repeatable.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-def build(config: str | None, overrides: Sequence[str], as_json: bool, **flags: Any) -> None:
+def build(config: str | None, overrides: Sequence[str], as_json: bool, generate: bool, **flags: Any) -> None:
     """Build a cache, or continue one. The same command again does what is missing; other settings are refused."""
-    from cache_builder.config import BuildSettings
+    from cache_builder.config import BuildSettings, GenerateSettings
     from storage_schemas.settings import load_settings
 
     settings = load_settings(BuildSettings, path=config, overrides=[*_as_overrides(flags), *overrides])
+    if generate and settings.generate is None:
+        settings = settings.model_copy(update={"generate": GenerateSettings()})
     signal.signal(signal.SIGTERM, _stop)
     from cache_builder.build import run
 

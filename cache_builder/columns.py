@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import pyarrow as pa
 
 from cache_builder.corpus_settings import CorpusSettings
 from storage_schemas.errors import RequestError
 
-Format = Literal["text", "messages", "prompt_completion", "input_ids"]
+Format = Literal["text", "messages", "prompt_completion", "input_ids", "prompt"]
 
 MASK_COLUMNS = ("completion_mask", "assistant_masks", "labels")
 TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
@@ -50,6 +52,42 @@ def find_columns(schema: Mapping[str, pa.DataType], settings: CorpusSettings) ->
     if format_ == "input_ids":
         beside = (*MASK_COLUMNS, "attention_mask")
     return Columns(format_, content, chat, tuple(name for name in beside if name in schema), settings.id_column)
+
+
+def find_prompt_columns(schema: Mapping[str, pa.DataType], settings: CorpusSettings) -> Columns:
+    """The column whose rows the teacher is to answer: the settings' text_column, else `prompt`, else `messages`.
+
+    Raises RequestError naming the columns there are.
+    """
+    there = f"the dataset {settings.dataset!r} has the columns {', '.join(schema)}"
+    names = [settings.text_column] if settings.text_column is not None else ["prompt", "messages"]
+    name = next((name for name in names if name in schema), None)
+    if name is None:
+        raise RequestError(f"expected a column of prompts, {' or '.join(names)}: {there}; set text_column")
+    if _format_of(schema[name]) not in ("text", "messages"):
+        raise RequestError(f"the column {name!r} holds {schema[name]}, neither text nor messages; set text_column")
+    if settings.id_column is not None and settings.id_column not in schema:
+        raise RequestError(f"there is no column {settings.id_column!r}: {there}; set id_column to one of them")
+    chat = not _is_text(schema[name])
+    beside = tuple(column for column in TEMPLATE_COLUMNS if chat and column in schema)
+    return Columns("prompt", (name,), chat, beside, settings.id_column)
+
+
+def make_document_id(columns: Columns, row: Mapping[str, Any], number: int) -> str:
+    """The id in the row's id column or, without one, a hash of what the document is.
+
+    number: of the row, for errors. Raises RequestError where the id is missing.
+    """
+    if columns.id_column is None:
+        content = {name: row[name] for name in columns.used}
+        text = json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str)
+        return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    value = row[columns.id_column]
+    if value is None or value == "":
+        raise RequestError(
+            f"document {number} has no id in column {columns.id_column!r}; fill it, or leave id_column out"
+        )
+    return str(value)
 
 
 def _choose(schema: Mapping[str, pa.DataType], settings: CorpusSettings, there: str) -> tuple[Format, tuple[str, ...]]:

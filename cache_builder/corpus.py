@@ -7,9 +7,9 @@ import json
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from cache_builder.columns import find_columns
+from cache_builder.columns import Columns, find_columns, make_document_id
 from cache_builder.corpus_plan import CorpusCounts, CorpusPlan, plan_shards, serialise_sequence
 from cache_builder.corpus_settings import CorpusSettings
 from cache_builder.rendering import RenderedDocument, Renderer
@@ -51,7 +51,10 @@ class Corpus:
         segment: int = 0,
         digest: str | None = None,
     ) -> None:
-        """A corpus of rows that are open already; `digest` is their source's. Arguments and errors as in `open`."""
+        """A corpus of rows that are open already; `digest` is their source's. Arguments and errors as in `open`.
+
+        Of the dataset it uses `features.arrow_schema`, `select_columns`, `len` and slices.
+        """
         schema = dataset.features.arrow_schema
         self.columns = find_columns({field.name: field.type for field in schema}, settings)
         self.settings = settings
@@ -72,13 +75,7 @@ class Corpus:
         Raises RequestError for an unknown source, split or column, an empty dataset, or conversations for which the
         tokenizer has no template.
         """
-        digest = source_digest(settings)
-        if digest is None:
-            warnings.warn(
-                f"the hub could not be asked for the commit of {settings.dataset!r}; that it has changed will only be "
-                "noticed when a shard is rendered; set revision to a commit",
-                stacklevel=2,
-            )
+        digest = find_digest(settings)
         return cls(open_dataset(settings, digest), settings, tokenizer, vocab_size, segment, digest)
 
     def __len__(self) -> int:
@@ -111,7 +108,7 @@ class Corpus:
             columns = self._dataset[first : min(first + BATCH_DOCUMENTS, stop)]
             rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
             numbers = range(first, first + len(rows))
-            ids = [self._document_id(row, number) for row, number in zip(rows, numbers, strict=True)]
+            ids = [make_document_id(self.columns, row, number) for row, number in zip(rows, numbers, strict=True)]
             labels = [f"document {number} (id {name})" for number, name in zip(numbers, ids, strict=True)]
             rendered = self._renderer.render(rows, labels)
             for number, name, label, document in zip(numbers, ids, labels, rendered, strict=True):
@@ -129,18 +126,6 @@ class Corpus:
                 "the plan was made; restore the dataset, the tokenizer and the settings, or build into a new cache"
             )
         return sequences
-
-    def _document_id(self, row: dict[str, Any], number: int) -> str:
-        if self.columns.id_column is None:
-            content = {name: row[name] for name in self.columns.used}
-            text = json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str)
-            return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
-        value = row[self.columns.id_column]
-        if value is None or value == "":
-            raise RequestError(
-                f"document {number} has no id in column {self.columns.id_column!r}; fill it, or leave id_column out"
-            )
-        return str(value)
 
     def _cut(
         self, document: RenderedDocument, row: int, document_id: str, label: str, counts: CorpusCounts
@@ -183,7 +168,35 @@ class Corpus:
         return pieces
 
 
-def describe_segment(corpus: Corpus, shard_tokens: int) -> dict[str, Any]:
+def find_digest(settings: CorpusSettings) -> str | None:
+    """`source_digest`, with a warning where the hub could not be asked."""
+    digest = source_digest(settings)
+    if digest is None:
+        warnings.warn(
+            f"the hub could not be asked for the commit of {settings.dataset!r}; that it has changed will only be "
+            "noticed when a shard is rendered; set revision to a commit",
+            stacklevel=3,
+        )
+    return digest
+
+
+class Source(Protocol):
+    """What is known of documents before they are read: a corpus, or prompts that have no answers yet."""
+
+    settings: CorpusSettings
+    columns: Columns
+    source_digest: str | None
+
+    def __len__(self) -> int: ...
+
+    @property
+    def template_digest(self) -> str | None: ...
+
+    @property
+    def appends_eos(self) -> bool: ...
+
+
+def describe_segment(corpus: Source, shard_tokens: int) -> dict[str, Any]:
     """What defines a segment of a cache, flat and by names a person knows; a resumed build must find it unchanged.
 
     source_digest is None where the hub could not be asked: unknown, not different.

@@ -76,9 +76,30 @@ class Renderer:
             return self._render_text([self._text(row, 0, label) for row, label in zip(rows, labels, strict=True)])
         if self.chat is not None:
             return self._render_chats([self._chat(row, label) for row, label in zip(rows, labels, strict=True)])
-        return self._render_prompts(
+        return self._render_pairs(
             [(self._text(row, 0, label), self._text(row, 1, label)) for row, label in zip(rows, labels, strict=True)]
         )
+
+    def render_prompts(self, rows: Sequence[Row], labels: Sequence[str]) -> Iterator[Int32]:
+        """The tokens [T] behind which the teacher answers each row of the format "prompt": messages with the start of
+        the assistant's turn, strings as they are. Empty for an empty row; raises RequestError as `render`."""
+        if self.chat is not None:
+            texts = [self._chat_prompt(row, label) for row, label in zip(rows, labels, strict=True)]
+            yield from (np.array(token_ids, dtype=np.int32) for token_ids, _ in self._encode(texts, special=False))
+            return
+        texts = [self._text(row, 0, label) for row, label in zip(rows, labels, strict=True)]
+        for text, document in zip(texts, self._render_text(texts), strict=True):
+            ids = document.token_ids
+            ended = self._added_tokens and len(ids) > 1 and ids[-1] == self._eos
+            # An end that the tokenizer puts behind every text would end the answer before it begins.
+            yield ids[:-1] if ended and not text.endswith(self._tokenizer.eos_token) else ids
+
+    def _chat_prompt(self, row: Row, label: str) -> str:
+        assert self.chat is not None
+        messages = _messages(row[self._columns.content[0]])
+        tools = _parse(row.get("tools"), "tools", list, label)
+        kwargs = _parse(row.get("chat_template_kwargs"), "chat_template_kwargs", dict, label)
+        return self.chat.render_prompt(messages, label, tools=tools or None, kwargs=kwargs) if messages else ""
 
     def _text(self, row: Row, index: int, label: str) -> str:
         name = self._columns.content[index]
@@ -102,7 +123,7 @@ class Renderer:
             ids = np.array(token_ids, dtype=np.int32)
             yield self._finish(ids, np.ones(len(ids), dtype=np.bool_))
 
-    def _render_prompts(self, pairs: list[tuple[str, str]]) -> Iterator[RenderedDocument]:
+    def _render_pairs(self, pairs: list[tuple[str, str]]) -> Iterator[RenderedDocument]:
         """Prompt and completion are tokenised as the one text that a model reads; a token that covers the end of the
         one and the start of the other stays as it is, and is no target."""
         texts = [prompt + completion for prompt, completion in pairs]

@@ -61,6 +61,7 @@ class AdaKD:
 
         The weights make a mean over all rows the mean over those kept.
         """
+        dtype, difficulty = difficulty.dtype, difficulty.double()  # one dtype on every rank
         everywhere = gather_rows(difficulty)
         total = len(everywhere)
         threshold = everywhere.new_zeros(())
@@ -68,15 +69,15 @@ class AdaKD:
             count = max(1, round(self.keep * total))
             threshold = everywhere.topk(count).values[-1]
         kept = everywhere >= threshold  # tied rows are kept together
-        weight = (difficulty >= threshold) * (total / kept.sum())
+        weight = (difficulty >= threshold) * (total / kept.sum(dtype=difficulty.dtype))
         if not self.idts:
-            return {"weight": weight.to(difficulty.dtype)}
+            return {"weight": weight.to(dtype)}
         tiny = torch.finfo(difficulty.dtype).tiny
         ranked = everywhere.masked_fill(~kept, torch.nan).nanmedian().clamp(min=tiny)
         relative = (difficulty.clamp(min=tiny) / ranked).log().tanh()
         return {
-            "weight": weight.to(difficulty.dtype),
-            "temperature": temperature * (-self.strength * relative).exp(),
+            "weight": weight.to(dtype),
+            "temperature": temperature * (-self.strength * relative).exp().to(dtype),
         }
 
     def update(self, mean_loss: float, step: int, total_steps: int) -> None:

@@ -20,8 +20,11 @@ from storage_schemas.errors import RequestError
 
 __all__ = ["HeadOutput", "StudentRows", "TeacherRows", "distillation_loss", "student_rows"]
 
-CHUNK_BYTES = {"cpu": 96 << 20, "cuda": 1 << 30}
+CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
 """What the two float32 [rows, V] buffers of a chunk may take together. A GPU wants larger matrices."""
+
+BLOCK_IDS = 16384
+"""How many rows of d weight are made at once where they cannot be added up in place."""
 
 
 @dataclass(frozen=True)
@@ -269,8 +272,10 @@ class _DistillationLoss(torch.autograd.Function):
                     part = hidden[rows].to(dtype)
                     if dtype == head.row_dtype:
                         d_weight[:columns].addmm_(low.T, part)
-                    else:
-                        d_weight[:columns] += torch.mm(low.T, part)
+                    else:  # a product in low precision is added up in float32, a block of ids at a time
+                        for start in range(0, columns, BLOCK_IDS):
+                            ids = slice(start, min(start + BLOCK_IDS, columns))
+                            d_weight[ids] += torch.mm(low[:, ids].T, part)
                 if d_bias is not None:
                     d_bias[:columns] += gradient.sum(0)
         ctx.gradients = (d_hidden, d_weight, d_bias)

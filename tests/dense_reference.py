@@ -150,9 +150,9 @@ def written_out(
     q = q.detach() * ~known
     limit = torch.full_like(p, math.inf)
     limit.scatter_(1, candidates, p.gather(1, top_ids).amin(1, keepdim=True).expand(-1, cap))
-    low, high = torch.zeros_like(mass), mass / q.sum(1, keepdim=True) * 1e6
-    for _ in range(200):  # bisect λ of min(limit, λ q) until the mass is right
+    low, high = torch.full_like(mass, -300.0), torch.full_like(mass, 300.0)
+    for _ in range(100):  # bisect log λ of min(limit, λ q) until the mass is right
         middle = (low + high) / 2
-        small = torch.minimum(limit, middle * q).sum(1, keepdim=True) < mass
+        small = torch.minimum(limit, middle.exp() * q).sum(1, keepdim=True) < mass
         low, high = torch.where(small, middle, low), torch.where(small, high, middle)
-    return torch.where(known, p, torch.minimum(limit, high * q))
+    return torch.where(known, p, torch.minimum(limit, high.exp() * q))

@@ -25,6 +25,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+from transformers.utils import logging as transformers_logging
 
 from distiller.collate import Collator
 from distiller.objectives import make_objective
@@ -170,6 +172,7 @@ def measure_data_wait(options: argparse.Namespace) -> float:
             freeze_embeddings(student)
         dataset = CacheDataset(CacheReader.open(options.cache), max_length=options.max_length)
         trainer = DistillationTrainer(student, make_objective("taid", {}), args, train_dataset=dataset)
+        trainer.remove_callback(PrinterCallback)
         started = time.perf_counter()
         trainer.train()
         return trainer.data_wait_seconds / (time.perf_counter() - started)
@@ -190,6 +193,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--peak-of", choices=KINDS, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     torch.manual_seed(0)
+    transformers_logging.disable_progress_bar()
     if options.peak_of:
         print(measure_memory(options.peak_of, options))
         return

@@ -11,6 +11,7 @@ encoded one, and holds for every input.
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -214,7 +215,7 @@ def decode_sequence(
 
 
 def _open_section(frame: memoryview, dtype: np.dtype[np.generic], shape: tuple[int, ...], sequence_id: str) -> Plane:
-    size = int(np.prod(shape)) * dtype.itemsize
+    size = math.prod(shape) * dtype.itemsize
     if size == 0:
         return np.zeros(shape, dtype)
     try:

@@ -12,7 +12,7 @@ import os
 import platform
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -42,6 +42,7 @@ _PREFILL = {"max_tokens": 1, "temperature": 0.0, "detokenize": False, "skip_read
 _MOST_BIASED_IDS = 1024
 """vLLM's own limit on logit_bias."""
 _LOGGING = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_LOGGING_STREAM": "ext://sys.stderr"}
+_set_num_threads = torch.set_num_threads  # vLLM's CPU worker puts a stub in its place
 _CPU_KV_CACHE_BYTES = 2 << 30
 _EXPECTED_FROM = ("vllm.renderers.base", "vllm.engine.arg_utils", "vllm.config.model")
 _EXPECTED = (
@@ -58,6 +59,8 @@ class VLLMEngine:
     Raises RequestError for arguments that vLLM does not know and for a model that it cannot load.
     """
 
+    _alive: ClassVar[int] = 0
+
     def __init__(self, settings: EngineSettings, capture: Capture) -> None:
         os.environ |= {name: value for name, value in _LOGGING.items() if name not in os.environ}
         import vllm
@@ -65,7 +68,6 @@ class VLLMEngine:
         self._vllm = vllm
         self._capture = capture
         self._llm: Any = None
-        self._set_num_threads = torch.set_num_threads
         arguments = _engine_arguments(settings)
         with _environment(_ENVIRONMENT), _quiet(), _refusals(settings):
             config = vllm.EngineArgs(**arguments, max_model_len=settings.max_model_len).create_model_config()
@@ -75,6 +77,7 @@ class VLLMEngine:
             self._width = count_asked(capture, self._model_vocab_size)
             with _environment(_ONE_TOKEN_MORE):
                 self._llm = vllm.LLM(**arguments, max_model_len=self._max_length + 1, max_logprobs=self._width)
+                VLLMEngine._alive += 1
         self._dtype = str(config.dtype).removeprefix("torch.")
         self._head_dtype = str(config.head_dtype).removeprefix("torch.")
         try:
@@ -159,11 +162,13 @@ class VLLMEngine:
             return
         self._llm.llm_engine.engine_core.shutdown()
         self._llm = None
-        torch.set_num_threads = self._set_num_threads  # vLLM's CPU worker puts a stub in its place
         gc.collect()
-        from vllm.distributed import cleanup_dist_env_and_memory
+        VLLMEngine._alive -= 1
+        if VLLMEngine._alive == 0:  # engines in one process share vLLM's process groups
+            from vllm.distributed import cleanup_dist_env_and_memory
 
-        cleanup_dist_env_and_memory()
+            cleanup_dist_env_and_memory()
+            torch.set_num_threads = _set_num_threads
 
     def _choose_path(self, wanted: Literal["auto", "worker", "public"]) -> Literal["worker", "public"]:
         """Which path takes the rows; refuse what prompt_logprobs cannot give, warn of what it gives only in part."""

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cache_builder import topk
 from cache_builder.topk import reduce_rows
 
 TOLERANCE = 2e-6
@@ -88,6 +89,39 @@ def test_half_precision_logits_tie_at_the_last_place(dtype: torch.dtype) -> None
     values = logits.float().topk(65).values
     assert (values[:, 63] == values[:, 64]).float().mean() > 0.2  # the case is there
     check(logits, 64)
+
+
+@pytest.mark.parametrize("vocab_size", [70, 5000, 40000])
+def test_both_ways_to_choose_among_equals_agree(vocab_size: int) -> None:
+    # The one for devices runs here as well: it is the same arithmetic anywhere.
+    generator = torch.Generator().manual_seed(3)
+    rows = torch.randint(0, 50, (24, vocab_size), generator=generator).float()
+    rows[0], rows[1, 3:], rows[2, ::2] = 1.0, -torch.inf, -0.0
+    rows[3] = torch.randn(vocab_size, generator=generator)  # untied
+    for top_k in (1, 2, 16, 64):
+        values, ids = topk._largest(rows, top_k + 1)
+        by_key, by_scan = (choose(rows, values, ids) for choose in (topk._choose_by_key, topk._choose_by_scan))
+        assert torch.equal(by_key, by_scan)
+        order = rows.sort(dim=1, descending=True, stable=True).indices[:, :top_k]
+        assert torch.equal(by_key[:, :top_k].sort(dim=1).values, order.sort(dim=1).values)
+        assert torch.equal(rows.gather(1, by_key), values)
+
+
+def test_threads_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(4)
+    logits = torch.randn(400, 5000)
+    labels = torch.arange(400)
+    alone, before = reduce_rows(logits.clone(), labels, 16, EXTRAS), torch.get_num_threads()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    pool = topk._pool(3)
+    assert pool is not None
+    with torch.inference_mode():  # as in vLLM's workers: the threads must write to inference tensors
+        shared = reduce_rows(logits.clone(), labels, 16, EXTRAS)
+    monkeypatch.undo()
+    assert torch.get_num_threads() in (before, 3)
+    torch.set_num_threads(before)
+    for name, values in alone.items():
+        assert torch.equal(values, shared[name]), name
 
 
 @settings(max_examples=200, deadline=None)

@@ -11,12 +11,12 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 out=${1:-$root/demo-out}
 bin=${LOGITCASK_VENV:-$root/.venv}/bin
 
-steps=60
+steps=80
 objectives=(cross_entropy taid)
 training=(--max-steps "$steps" --per-device-train-batch-size 4 --learning-rate 1e-3 --bf16 --freeze-embeddings
   --max-length 256 --seed 0)
 
-say() { printf 'demo: %s\n' "$*" >&2; }
+say() { printf 'demo: %d:%02d %s\n' $((SECONDS / 60)) $((SECONDS % 60)) "$*" >&2; }
 
 # Everything is on this machine: nothing asks the hub or tells anybody.
 export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 DO_NOT_TRACK=1 VLLM_NO_USAGE_STATS=1
@@ -62,6 +62,7 @@ done
 
 rm -rf "$out/students"
 mkdir "$out/students"
+say "cutting the initial student out of the teacher"
 "$bin/distiller" init-student --model "$teacher" --keep-layers 15 --output "$out/students/initial" \
   --json >"$out/students/initial.slice.json"
 
@@ -82,4 +83,4 @@ done
 put_back
 
 "$bin/python" "$root/scripts/demo/make_report.py" "$out"
-say "figures in $out/report.json; $((SECONDS / 60)) min $((SECONDS % 60)) s in all"
+say "done; the figures are in $out/report.json"

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from distiller.card import model_card
@@ -148,9 +149,15 @@ def training_arguments(settings: TrainSettings, *, has_eval: bool) -> TrainingAr
             "expected held-out sequences for training.eval_strategy, got none; give --eval-cache or data.eval_fraction"
         )
     try:
-        return TrainingArguments(output_dir=settings.output, **{**defaults, **settings.training})
+        args = TrainingArguments(output_dir=settings.output, **{**defaults, **settings.training})
     except (TypeError, ValueError, ImportError) as error:
         raise RequestError(f"the training settings do not go together: {str(error).strip()}") from error
+    try:
+        for tracker in get_reporting_integration_callbacks(args.report_to):
+            tracker()
+    except (ImportError, RuntimeError, ValueError) as error:
+        raise RequestError(f"training.report_to={args.report_to} cannot be followed: {str(error).strip()}") from error
+    return args
 
 
 def make_trainer(

@@ -83,6 +83,7 @@ def test_the_resolved_configuration_repeats_the_run(world: Path, tmp_path: Path)
         (["--student", "nowhere"], "nowhere"),
         (["--eval-cache", "x", "--set", "data.eval_fraction=0.5"], "one of"),
         (["--set", "training.lr_scheduler_type=nonsense"], "nonsense"),
+        (["--set", "training.report_to=nonsense"], "nonsense"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_exit_2(world: Path, tmp_path: Path, extra: list[str], words: str) -> None:
@@ -138,6 +139,22 @@ def test_a_dry_run_counts_and_writes_nothing(world: Path, tmp_path: Path) -> Non
     assert json.loads(epochs.stdout)["steps"] == 10
     refused = run(*train_arguments(world, tmp_path / "run"), "--objective", "nonsense", "--dry-run")
     assert refused.exit_code == 2
+
+
+RECIPES = sorted((Path(__file__).parent.parent / "scripts" / "recipes").glob("*.toml"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_is_a_configuration(recipe: Path, world: Path, tmp_path: Path) -> None:
+    flags = {"--cache": world / "cache", "--student": world / "student", "--output": tmp_path / "run"}
+    given = [part for pair in flags.items() for part in pair]
+    extra = ["--set", "data.eval_fraction=0.4"] if "eval_fraction" in recipe.read_text() else []  # the cache is tiny
+    result = run("train", "--config", recipe, *given, *extra, "--dry-run")
+    assert result.exit_code == 0, result.output
+
+
+def test_there_are_recipes() -> None:
+    assert RECIPES
 
 
 HEAVY = ("torch", "transformers", "vllm", "datasets", "numpy")

@@ -7,6 +7,7 @@ import logging
 import signal
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from types import FrameType
 from typing import Any
 
@@ -88,6 +89,45 @@ def build(config: str | None, overrides: Sequence[str], as_json: bool, generate:
         f"{result.bytes_per_token:.1f} bytes/token, {result.shards_built} of {result.shards} shards built "
         f"in {result.seconds:.0f} s" + ("" if result.sealed else "; other builders are still at work")
     )
+
+
+@main.command()
+@click.option("--teacher", help="Hub name or directory of a transformers model.  [engine.model]")
+@click.option("--dataset", help="Hub name, or local .jsonl .parquet .csv .txt, directory or glob.  [corpus.dataset]")
+@click.option("--split", help="Split of the dataset; train by default.  [corpus.split]")
+@click.option("--max-length", type=int, help="Tokens of a sequence at most.  [corpus.max_length]")
+@click.option("--top-k", type=int, help="Ids kept of each row; 64 by default.  [cache.top_k]")
+@click.option("--codec", help="ld8 (8 bits, default) or ld16.  [cache.codec]")
+@click.option("--engine", type=click.Choice(["vllm", "hf"]), help="vllm by default.  [engine.name]")
+@click.option("--dtype", help="The checkpoint's own by default.  [engine.dtype]")
+@click.option("--sample", type=int, default=1000, show_default=True, help="Documents to tokenise.")
+@click.option(
+    "--tokens-per-second", type=click.FloatRange(0, min_open=True), help="The teacher's speed, for the hours."
+)
+@click.option("--measure", is_flag=True, help="Load the teacher, and measure its speed and the codec's bytes.")
+@click.option("--config", type=click.Path(), help="TOML file as for build; what it says of the output is not used.")
+@click.option("--set", "overrides", multiple=True, metavar="TABLE.KEY=VALUE", help="Any other setting; repeatable.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def estimate(
+    config: str | None,
+    overrides: Sequence[str],
+    sample: int,
+    tokens_per_second: float | None,
+    measure: bool,
+    as_json: bool,
+    **flags: Any,
+) -> None:
+    """Tell the tokens, bytes and hours of a build from a sample of the documents. Nothing is written."""
+    from cache_builder.config import BuildSettings
+    from storage_schemas.settings import load_settings
+
+    unused = 'cache.output="unused"'
+    settings = load_settings(BuildSettings, path=config, overrides=[*_as_overrides(flags), *overrides, unused])
+    from cache_builder.estimate import estimate as run_estimate
+    from cache_builder.estimate import render_estimate
+
+    found = run_estimate(settings, sample=sample, tokens_per_second=tokens_per_second, measure=measure)
+    click.echo(json.dumps(asdict(found)) if as_json else render_estimate(found))
 
 
 @main.command()

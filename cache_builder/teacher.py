@@ -69,7 +69,22 @@ def find_teacher(settings: EngineSettings) -> Teacher:
     )
 
 
-def _find_directory(settings: EngineSettings) -> tuple[Path, str | None]:
+def find_tokenizer(settings: EngineSettings) -> tuple[PreTrainedTokenizerBase, int]:
+    """The teacher's tokenizer and its vocabulary's size, without any weights. Raises RequestError as `find_teacher`."""
+    from transformers import AutoTokenizer
+
+    directory, _ = _find_directory(settings, weights=False)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=settings.trust_remote_code)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise RequestError(
+            f"expected a transformers model with its tokenizer in {settings.model!r}: {reason}"
+        ) from error
+    return tokenizer, max(tokenizer.get_vocab().values()) + 1
+
+
+def _find_directory(settings: EngineSettings, *, weights: bool = True) -> tuple[Path, str | None]:
     """The model's directory and, for a hub model, the commit it was resolved to."""
     path = Path(settings.model).expanduser()
     if path.is_dir():
@@ -81,7 +96,7 @@ def _find_directory(settings: EngineSettings) -> tuple[Path, str | None]:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
-    patterns = [_WEIGHTS[0], *_BESIDE_WEIGHTS]
+    patterns = [*_WEIGHTS[: int(weights)], *_BESIDE_WEIGHTS]
     try:
         found = Path(snapshot_download(settings.model, revision=settings.revision, allow_patterns=patterns))
     except (OSError, ValueError, HFValidationError) as error:  # no such name, no network and not in the local cache

@@ -176,15 +176,7 @@ def decode_sequence(
     Nothing is allocated beyond what `tokens` and the layout say. Raises CorruptShard where the payload says otherwise.
     """
     k, high = layout.top_k, layout.high_bits
-    shapes: list[PlaneShape] = [
-        (layout.token_dtype, (tokens,)),
-        (_U8, (-(-tokens // 8),)),
-        (_U8, (tokens, k)),
-        (_U8, (tokens, k)),
-        (_U8, (tokens, -(-k * high // 8))),
-        (codec.scalar_dtype, (2 + len(layout.extras), tokens)),
-        *codec.planes(tokens, k),
-    ]
+    shapes = _section_shapes(codec, layout, tokens)
     header = struct.Struct(f"<{1 + len(shapes)}I")
     if not 0 < tokens <= MAX_SEQUENCE_TOKENS or len(payload) < header.size:
         raise CorruptShard(f"sequence {sequence_id}: {tokens} tokens in {len(payload)} bytes cannot be a payload")
@@ -212,6 +204,28 @@ def decode_sequence(
         log_tail_mass=scalars[1].astype(np.float32),
         extras={name: scalars[2 + i].astype(np.float32) for i, name in enumerate(sorted(layout.extras))},
     )
+
+
+def bound_payload(codec: ValueCodec, layout: RowLayout, tokens: int) -> int:
+    """Bytes that the payload of a sequence of so many tokens cannot exceed: its sections as if none of them could be
+    compressed, and zstd's own bound on what a frame adds."""
+    sizes = [int(np.prod(shape)) * dtype.itemsize for dtype, shape in _section_shapes(codec, layout, tokens)]
+    frames = [size + (size >> 8) + max(0, (1 << 17) - size >> 11) for size in sizes if size]  # ZSTD_COMPRESSBOUND
+    return 4 * (1 + len(sizes)) + sum(frames)
+
+
+def _section_shapes(codec: ValueCodec, layout: RowLayout, tokens: int) -> list[PlaneShape]:
+    """dtype and shape of each section of a payload, in its order."""
+    k = layout.top_k
+    return [
+        (layout.token_dtype, (tokens,)),
+        (_U8, (-(-tokens // 8),)),
+        (_U8, (tokens, k)),
+        (_U8, (tokens, k)),
+        (_U8, (tokens, -(-k * layout.high_bits // 8))),
+        (codec.scalar_dtype, (2 + len(layout.extras), tokens)),
+        *codec.planes(tokens, k),
+    ]
 
 
 def _open_section(frame: memoryview, dtype: np.dtype[np.generic], shape: tuple[int, ...], sequence_id: str) -> Plane:

@@ -46,7 +46,9 @@ def test_help_imports_nothing_heavy(program):
         "try:\n    main(sys.argv[1:])\n"
         "finally:\n    print('loaded:', *sys.modules, file=sys.stderr)\n"
     )
-    commands = {"cache_builder": ["build", "inspect"], "distiller": ["train", "evaluate", "init-student"]}[program]
+    commands = {"cache_builder": ["build", "estimate", "inspect"], "distiller": ["train", "evaluate", "init-student"]}[
+        program
+    ]
     for arguments in (["--help"], *([command, "--help"] for command in commands)):
         done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
         assert "Usage:" in done.stdout

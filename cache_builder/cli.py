@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import signal
 import sys
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,7 @@ from typing import Any
 
 import click
 
-from storage_schemas.terminal import Group
+from storage_schemas.terminal import Group, set_up_logging
 
 _FLAGS = {
     "teacher": "engine.model",
@@ -37,9 +36,7 @@ _FLAGS = {
 @click.version_option(package_name="logitcask")
 def main() -> None:
     """Run a teacher once over a dataset and keep its top-k log-probabilities."""
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(levelname)s %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
-    logging.captureWarnings(True)
+    set_up_logging()
 
 
 @main.command()

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import click
 
-from storage_schemas.terminal import Group
+from storage_schemas.terminal import Group, set_up_logging
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
@@ -19,8 +18,7 @@ from storage_schemas.terminal import Group
 def main() -> None:
     """Train a student from a teacher's cached log-probabilities; the teacher is not needed."""
     level = logging.INFO if _is_first_rank() else logging.ERROR
-    logging.basicConfig(level=level, stream=sys.stderr, format="%(levelname)s %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    set_up_logging()
 
 
 @main.command("init-student")

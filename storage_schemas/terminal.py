@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import errno
+import logging
+import sys
+import warnings
 from typing import Any
 
 import click
@@ -10,6 +13,14 @@ import click
 from storage_schemas.errors import CacheError, RequestError
 
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
+
+
+def set_up_logging() -> None:
+    """What a program has to say beside its results goes to stderr; a warning is its sentence, not its source line."""
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(levelname)s %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    warnings.formatwarning = lambda message, *place: str(message)
+    logging.captureWarnings(True)
 
 
 class Group(click.Group):

@@ -15,19 +15,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Literal
 
 import numpy as np
-import pyarrow as pa
 from pydantic import NonNegativeInt, PositiveInt
 from tqdm import tqdm
 
 from cache_builder.config import GenerateSettings
 from cache_builder.corpus import Corpus, describe_segment
 from cache_builder.engine import Answer, GeneratingEngine, Sampling
+from cache_builder.generated_rows import GeneratedRows, is_row
 from cache_builder.prompts import Prompt, Prompts
 from cache_builder.teacher import Teacher
 from storage_schemas.errors import CorruptShard, IdentityMismatch, RequestError
@@ -44,10 +43,6 @@ from storage_schemas.storage import Storage
 
 _FOLDER = "generated"
 _PLAN = f"{_FOLDER}/plan.json"
-_SCHEMA = pa.schema(
-    [("id", pa.string()), ("input_ids", pa.list_(pa.int32())), ("completion_mask", pa.list_(pa.int8()))]
-)
-_FINISH_REASONS = ("stop", "length", "none")
 
 
 class BatchPlan(Document):
@@ -154,9 +149,8 @@ class Generation:
         changes = {"text_column": None, "id_column": "id", "chat_template": None, "empty_documents": "skip"}
         prompts = self.prompts
         settings = prompts.settings.model_copy(update=changes)
-        return Corpus(
-            GeneratedRows(self), settings, prompts.tokenizer, prompts.vocab_size, digest=prompts.source_digest
-        )
+        rows = GeneratedRows(len(prompts), self.settings.batch_prompts, self.read_batch)
+        return Corpus(rows, settings, prompts.tokenizer, prompts.vocab_size, digest=prompts.source_digest)
 
     def count(self) -> dict[str, int]:
         """Prompts dropped and skipped, and `unfinished` answers: those that no stop token ended."""
@@ -171,7 +165,7 @@ class Generation:
         name, batch = _batch_name(ordinal), self.plan.batches[ordinal]
         try:
             rows = [json.loads(line) for line in self.storage.get(name).splitlines()]
-            sound = len(rows) == batch.stop - batch.start and all(map(_is_row, rows))
+            sound = len(rows) == batch.stop - batch.start and all(map(is_row, rows))
         except FileNotFoundError as error:
             raise CorruptShard(
                 f"{self.storage.url}/{name} is missing; restore it, or build into a new cache"
@@ -255,35 +249,6 @@ class Generation:
         )
 
 
-class GeneratedRows:
-    """The rows of all batches, in order, as much of a `datasets.Dataset` as a corpus uses; one batch in memory."""
-
-    features = SimpleNamespace(arrow_schema=_SCHEMA)
-
-    def __init__(self, generation: Generation) -> None:
-        self._generation = generation
-        self._held: tuple[int, list[dict[str, Any]]] = (-1, [])
-
-    def __len__(self) -> int:
-        return len(self._generation.prompts)
-
-    def select_columns(self, names: Sequence[str]) -> GeneratedRows:
-        assert set(names) <= set(_SCHEMA.names)
-        return self
-
-    def __getitem__(self, rows: slice) -> dict[str, list[Any]]:
-        found = list(self._read(rows.start, rows.stop))
-        return {name: [row[name] for row in found] for name in _SCHEMA.names}
-
-    def _read(self, start: int, stop: int) -> Iterator[dict[str, Any]]:
-        size = self._generation.settings.batch_prompts
-        for ordinal in range(start // size, (stop - 1) // size + 1):
-            if self._held[0] != ordinal:
-                self._held = (ordinal, self._generation.read_batch(ordinal))
-            first = ordinal * size
-            yield from self._held[1][max(0, start - first) : stop - first]
-
-
 def derive_seed(seed: int, row: int) -> int:
     """The seed of one answer, 0 ≤ seed < 2⁶³: its own whatever stands beside it."""
     return int.from_bytes(hashlib.sha256(f"{seed} {row}".encode()).digest()[:8], "big") >> 1
@@ -298,18 +263,6 @@ def _make_row(prompt: Prompt, answer: Answer | None) -> dict[str, Any]:
         "completion_mask": [0] * len(prompt.token_ids) + [1] * len(answer.token_ids),
         "finish_reason": answer.finish_reason,
     }
-
-
-def _is_row(row: Any) -> bool:
-    return (
-        isinstance(row, dict)
-        and isinstance(row.get("id"), str)
-        and row.get("finish_reason") in _FINISH_REASONS
-        and all(isinstance(row.get(name), list) for name in ("input_ids", "completion_mask"))
-        and len(row["input_ids"]) == len(row["completion_mask"])
-        and all(type(value) is int for value in row["input_ids"])
-        and set(row["completion_mask"]) <= {0, 1}
-    )
 
 
 def _digest(prompts: Sequence[Prompt]) -> str:

@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from cache_builder import vllm_capture, vllm_engine
-from cache_builder.engine import Capture
+from cache_builder.engine import Capture, Sampling
 from cache_builder.engine_settings import EngineSettings, open_engine
 from storage_schemas.errors import RequestError
 from storage_schemas.records import EXTRAS, SequenceTopK, TokenSequence, find_defect
@@ -198,6 +198,35 @@ def test_sequences_that_cannot_be_scored_are_refused(worker: vllm_engine.VLLMEng
     with pytest.raises(RequestError, match=r"token ids below 300, got 300 in s"):
         worker.score([stray])
     score(worker)  # and the engine is as good as before
+
+
+def test_answers_are_the_reference_teachers_and_have_seeds_of_their_own(
+    tiny: Path, worker: vllm_engine.VLLMEngine
+) -> None:
+    reference = open_engine(EngineSettings(name="hf", model=str(tiny)), Capture(1, VOCAB))
+    prompts = [sequence.token_ids for sequence in make_sequences((1, 33, 2, 60, 17))]  # 60 is prefilled in chunks
+    rooms = [min(20, MAX_LENGTH - len(prompt)) for prompt in prompts]
+    greedy = [Sampling(max_tokens=room, temperature=0) for room in rooms]
+    stop = int(reference.generate(prompts[:1], greedy[:1])[0].token_ids[3])
+    for asked in (greedy, [dataclasses.replace(own, stop_token_ids=(stop,)) for own in greedy]):
+        answers, expected = worker.generate(prompts, asked), reference.generate(prompts, asked)
+        assert [answer.token_ids.tolist() for answer in answers] == [own.token_ids.tolist() for own in expected]
+        assert [answer.finish_reason for answer in answers] == [own.finish_reason for own in expected]
+    assert (answers[0].token_ids[-1], answers[0].finish_reason) == (stop, "stop")
+    assert answers[3].finish_reason == "length"
+    # Seeded sampling, where every id is likely: none of the padding, and the same answers in any company.
+    short = [prompt for prompt in prompts if len(prompt) <= BATCHED_TOKENS]
+    warm = [Sampling(max_tokens=20, temperature=2.0, seed=2**62 + at) for at in range(len(short))]
+    first, backwards = worker.generate(short, warm), worker.generate(short[::-1], warm[::-1])[::-1]
+    assert [answer.token_ids.tolist() for answer in first] == [answer.token_ids.tolist() for answer in backwards]
+    assert max(int(answer.token_ids.max()) for answer in first) < VOCAB
+    again = worker.generate(short, [dataclasses.replace(own, seed=own.seed + 9) for own in warm])
+    assert [answer.token_ids.tolist() for answer in first] != [answer.token_ids.tolist() for answer in again]
+    assert_same_rows(
+        score(worker),
+        list(open_engine(EngineSettings(name="hf", model=str(tiny)), worker._capture).score(make_sequences())),
+        CROSS_ENGINE,
+    )  # and it captures as before
 
 
 def test_where_the_hook_moved_the_public_path_gives_the_same_and_says_so(

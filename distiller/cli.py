@@ -17,8 +17,7 @@ from storage_schemas.terminal import Group, set_up_logging
 @click.version_option(package_name="logitcask")
 def main() -> None:
     """Train a student from a teacher's cached log-probabilities; the teacher is not needed."""
-    level = logging.INFO if _is_first_rank() else logging.ERROR
-    set_up_logging()
+    set_up_logging(logging.INFO if _is_first_rank() else logging.ERROR)
 
 
 @main.command("init-student")

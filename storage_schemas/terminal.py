@@ -15,9 +15,9 @@ from storage_schemas.errors import CacheError, RequestError
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
 
 
-def set_up_logging() -> None:
+def set_up_logging(level: int = logging.INFO) -> None:
     """What a program has to say beside its results goes to stderr; a warning is its sentence, not its source line."""
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(levelname)s %(message)s")
+    logging.basicConfig(level=level, stream=sys.stderr, format="%(levelname)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     warnings.formatwarning = lambda message, *place: str(message)
     logging.captureWarnings(True)

@@ -168,6 +168,7 @@ def install_loss(model: Any, objective: Objective, vocab_size: int, *, chunk_row
         if measure:
             return student_rows(rows, head.weight, TeacherRows(**teacher), vocab_size=vocab_size, **head.arguments())
         if len(row_index) == 0:  # a batch without targets: no loss, but every rank still reduces every gradient
+            objective.sit_out(hidden.device)
             nothing = hidden.sum() * 0.0 + head.weight.sum() * 0.0
             return {"loss_sum": nothing, "sums": {}}
         output = distillation_loss(

@@ -30,7 +30,14 @@ CODEC = "ld16"
 
 @torch.no_grad()
 def score(
-    model: Any, name: str, token_ids: Sequence[int], mask: Sequence[bool], *, top_k: int, vocab_size: int
+    model: Any,
+    name: str,
+    token_ids: Sequence[int],
+    mask: Sequence[bool],
+    *,
+    top_k: int,
+    vocab_size: int,
+    entropy: bool = False,
 ) -> SequenceTopK:
     """The teacher's rows of one sequence, from its full float32 logits."""
     tokens = torch.tensor([list(token_ids)])
@@ -49,6 +56,7 @@ def score(
         top_logprobs=top_logprobs,
         log_tail_mass=rest.float().numpy(),
         label_logprob=label.float().numpy(),
+        extras={"entropy": -(log_p.exp() * log_p).sum(-1).float().numpy()} if entropy else {},
     )
 
 
@@ -63,6 +71,7 @@ def write_cache(
     prompt: int = 2,
     seed: int = 0,
     codec: str = CODEC,
+    entropy: bool = False,
 ) -> CacheReader:
     """A sealed cache of random sequences of these lengths, spread over `shards` shards in order; the first `prompt`
     tokens of each are no targets."""
@@ -78,7 +87,7 @@ def write_cache(
             quantization=None,
         ),
         tokenizer=TokenizerIdentity(digest=tokenizer_digest(vocabulary), vocab_size=vocab_size, template_digest=None),
-        capture=CaptureIdentity(top_k=top_k),
+        capture=CaptureIdentity(top_k=top_k, extras=("entropy",) if entropy else ()),
         codec=codec,
         container="arrow",
     )
@@ -87,7 +96,9 @@ def write_cache(
     for i, length in enumerate(lengths):
         tokens = generator.integers(3, vocab_size, length).tolist()
         mask = [position >= prompt for position in range(length)]
-        records.append(score(model, f"doc-{seed}-{i}", tokens, mask, top_k=top_k, vocab_size=vocab_size))
+        records.append(
+            score(model, f"doc-{seed}-{i}", tokens, mask, top_k=top_k, vocab_size=vocab_size, entropy=entropy)
+        )
     writer = CacheWriter.open(str(path), identity)
     bounds = np.linspace(0, len(records), shards + 1).round().astype(int)
     parts = [records[a:b] for a, b in itertools.pairwise(bounds)]

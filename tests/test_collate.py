@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -51,3 +53,23 @@ def test_rows_without_targets_collate_to_no_teacher_rows(cache: CacheReader) -> 
     batch = Collator()([dataset[0]])
     assert batch["row_index"].shape == (0,)
     assert batch["teacher"]["top_ids"].shape == (0, cache.identity.capture.top_k)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_extras_travel_with_their_rows(tmp_path: Path, packing: bool) -> None:
+    cache = write_cache(tmp_path / "cache", make_student(seed=1), entropy=True)
+    dataset = CacheDataset(cache, max_length=20, packing=packing)
+    rows = [dataset[i] for i in range(len(dataset))]
+    teacher = Collator(packed=packing)(rows)["teacher"]
+    assert list(teacher["extras"]) == ["entropy"]
+    expected = np.concatenate([row.extras["entropy"] for row in rows])
+    np.testing.assert_array_equal(teacher["extras"]["entropy"], expected)
+    stored = {
+        (int(r.token_ids[i]), float(r.top_logprobs[i, 0])): float(r.extras["entropy"][i])
+        for r in cache
+        for i in range(len(r))
+    }
+    for row in rows:
+        for place, position in enumerate(row.positions):
+            key = (int(row.token_ids[position]), float(row.top_logprobs[place, 0]))
+            assert row.extras["entropy"][place] == stored[key]

@@ -3,7 +3,7 @@
 One pass in bounded memory, a block of rows at a time while they are in the processor's cache:
 
 * top-k in two stages. The row is cut into groups, and the k + 1 groups with the largest maxima hold the k + 1 largest
-  values; a second top-k over those few groups finds them. The last of them is the largest value of the rest.
+  values; a second top-k over those and a few more groups finds them. The last of them is the largest value of the rest.
 * The rest is summed by itself, around its own largest value: the tail mass is never 1 − Σ.
 * The normaliser is put together from both, in float64.
 
@@ -16,6 +16,7 @@ import functools
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import starmap
 
 import torch
@@ -79,8 +80,8 @@ def _reduce_block(logits: Tensor, label_ids: Tensor, top_k: int, extras: Sequenc
         values, ids = rows.sort(dim=1, descending=True, stable=True)
         nothing = torch.full_like(values[:, 0], -torch.inf, dtype=torch.float64)
         return raw | {"top_logits": values, "top_ids": ids, "log_rest": nothing} | dict.fromkeys(extras, nothing)
-    values, ids = _largest(rows, top_k + 1)
-    ids = _prefer_small_ids(rows, values, ids)
+    spare = 0 if logits.dtype == torch.float32 else top_k // 8 + 4  # half precision ties as a rule
+    values, ids = _select(rows, top_k + 1, spare)
     raw |= {"top_logits": values[:, :top_k], "top_ids": ids[:, :top_k]}
     # The softmax of the rest is its shift, exponentials and sum in one pass, in place on the CPU. Its own sum strays
     # by up to 1e-5, so its entries are summed again, and its largest, which stands for exp(0), tells the scale.
@@ -118,48 +119,86 @@ def _normalise(raw: dict[str, Tensor]) -> dict[str, Tensor]:
     return kept
 
 
-def _largest(rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` largest values of each row, descending, and their ids; equal values in any order."""
+@dataclass(frozen=True)
+class _Shortlist:
+    """The groups of each row with the largest maxima, side by side.
+
+    values: [n, m]. groups: [n, g] int64, whose ids are the first g × _GROUP columns, followed by the ids from `whole`
+    on, which no group holds; None where the columns are the row itself. bound: [n], the largest value that may be
+    missing, or None.
+    """
+
+    values: Tensor
+    groups: Tensor | None
+    whole: int
+    bound: Tensor | None
+
+    def ids(self, row: Tensor, column: Tensor) -> Tensor:
+        """The ids at these places."""
+        if self.groups is None:
+            return column
+        listed = self.groups.shape[1] * _GROUP
+        group = self.groups[row, (column // _GROUP).clamp(max=self.groups.shape[1] - 1)]
+        return torch.where(column < listed, group * _GROUP + column % _GROUP, column - listed + self.whole)
+
+
+def _shortlist(rows: Tensor, count: int) -> _Shortlist:
+    """Where the `count` largest values of each row are."""
     vocab_size = rows.shape[1]
     groups = vocab_size // _GROUP
-    if groups < 2 * count:  # the second stage would look at most of the row again
-        return rows.topk(count, dim=1)
     whole = groups * _GROUP
+    if groups < 2 * count:  # it would be most of the row again
+        return _Shortlist(rows, None, 0, None)
     grouped = rows[:, :whole].view(-1, groups, _GROUP)
-    chosen = grouped.amax(dim=2).topk(count, dim=1, sorted=False).indices
-    candidates = grouped.gather(1, chosen[:, :, None].expand(-1, -1, _GROUP)).flatten(1)
-    left_over = rows[:, whole:]  # what is left of a vocabulary that _GROUP does not divide
-    values, places = torch.cat([candidates, left_over], dim=1).topk(count, dim=1)
-    within = places % _GROUP
-    group = chosen.gather(1, (places // _GROUP).clamp(max=count - 1))
-    inside = places < count * _GROUP
-    return values, torch.where(inside, group * _GROUP + within, whole + places - count * _GROUP)
+    maxima = grouped.amax(dim=2).topk(count + 1, dim=1)
+    chosen = maxima.indices[:, :count]
+    listed = grouped.gather(1, chosen[:, :, None].expand(-1, -1, _GROUP)).flatten(1)
+    return _Shortlist(torch.cat([listed, rows[:, whole:]], dim=1), chosen, whole, maxima.values[:, -1])
 
 
-def _prefer_small_ids(rows: Tensor, values: Tensor, ids: Tensor) -> Tensor:
-    """ids [n, k + 1] of the largest values; those that share the k-th value are chosen, in order, from the smallest."""
+def _select(rows: Tensor, count: int, spare: int) -> tuple[Tensor, Tensor]:
+    """The `count` largest values [n, count] of each row, descending, and their ids.
+
+    Of the values that equal the last but one the smallest ids are taken, in order. spare: how many more groups to
+    list, so that the equals of that value need not be looked for in the whole row.
+    """
+    shortlist = _shortlist(rows, count + spare)
+    values, columns = shortlist.values.topk(count, dim=1)
+    ids = shortlist.ids(torch.arange(len(rows), device=rows.device)[:, None], columns)
     if rows.is_cuda:  # asking which rows are tied would wait for the device
-        return _choose_by_key(rows, values, ids)
+        return values, _choose_by_key(rows, values, ids)
     tied = values[:, -2] == values[:, -1]
-    return _choose_by_scan(rows, values, ids) if bool(tied.any()) else ids
+    if not bool(tied.any()):
+        return values, ids
+    row, column = (shortlist.values == values[:, -2:-1]).nonzero().T
+    ids = _place_smallest(values, ids, row, shortlist.ids(row, column))
+    if shortlist.bound is not None:
+        rest = (tied & (shortlist.bound == values[:, -2])).nonzero()[:, 0]
+        if len(rest):  # equals in groups that are not listed
+            row, column = (rows[rest] == values[rest, -2:-1]).nonzero().T
+            ids[rest] = _place_smallest(values[rest], ids[rest], row, column)
+    return values, ids
+
+
+def _place_smallest(values: Tensor, ids: Tensor, row: Tensor, token_id: Tensor) -> Tensor:
+    """ids with the smallest of each row's token_id, which share its last value but one, where that value stands."""
+    keys = ((row << 32) | token_id).sort().values
+    row, token_id = keys >> 32, keys & 0xFFFFFFFF
+    place = torch.arange(len(row)) - torch.searchsorted(row, row)
+    place += (values > values[:, -2:-1]).sum(dim=1)[row]
+    fits = place < values.shape[1]
+    return ids.index_put((row[fits], place[fits]), token_id[fits])
 
 
 def _choose_by_key(rows: Tensor, values: Tensor, ids: Tensor) -> Tensor:
-    """The smallest ids are the largest of their negatives: the two stages once more, whether rows are tied or not."""
+    """ids with the smallest of those that share each row's last value but one, without waiting for a device.
+
+    The smallest ids are the largest of their negatives, so the two stages find them as well.
+    """
     width = values.shape[1]
     threshold = values[:, -2:-1]
     order = torch.arange(rows.shape[1], dtype=torch.float32, device=rows.device)  # exact below 2^24 ids
     keys = torch.where(rows == threshold, -order, -torch.inf)
-    smallest = -_largest(keys, width)[0].clamp(min=-order[-1])
+    smallest = -_shortlist(keys, width).values.topk(width, dim=1).values.clamp(min=-order[-1])
     rank = torch.arange(width, device=rows.device) - (values > threshold).sum(dim=1, keepdim=True)
     return torch.where(values == threshold, smallest.gather(1, rank.clamp(min=0)).long(), ids)
-
-
-def _choose_by_scan(rows: Tensor, values: Tensor, ids: Tensor) -> Tensor:
-    """All places of the k-th value, found in order; a third of the time of `_choose_by_key` on the CPU."""
-    threshold = values[:, -2:-1]
-    row, token_id = (rows == threshold).nonzero().T
-    rank = torch.arange(len(row)) - torch.searchsorted(row, row)
-    column = rank + (values > threshold).sum(dim=1)[row]
-    fits = column < values.shape[1]
-    return ids.index_put((row[fits], column[fits]), token_id[fits])

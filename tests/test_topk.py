@@ -99,12 +99,15 @@ def test_both_ways_to_choose_among_equals_agree(vocab_size: int) -> None:
     rows[0], rows[1, 3:], rows[2, ::2] = 1.0, -torch.inf, -0.0
     rows[3] = torch.randn(vocab_size, generator=generator)  # untied
     for top_k in (1, 2, 16, 64):
-        values, ids = topk._largest(rows, top_k + 1)
-        by_key, by_scan = (choose(rows, values, ids) for choose in (topk._choose_by_key, topk._choose_by_scan))
-        assert torch.equal(by_key, by_scan)
-        order = rows.sort(dim=1, descending=True, stable=True).indices[:, :top_k]
-        assert torch.equal(by_key[:, :top_k].sort(dim=1).values, order.sort(dim=1).values)
+        order = rows.sort(dim=1, descending=True, stable=True).indices[:, :top_k].sort(dim=1).values
+        values, ids = rows.topk(top_k + 1, dim=1)
+        by_key = topk._choose_by_key(rows, values, ids)
+        assert torch.equal(by_key[:, :top_k].sort(dim=1).values, order)
         assert torch.equal(rows.gather(1, by_key), values)
+        for spare in (0, 20):
+            by_scan = topk._select(rows, top_k + 1, spare)[1]
+            assert torch.equal(by_scan[:, :top_k].sort(dim=1).values, order)
+            assert torch.equal(rows.gather(1, by_scan), values)
 
 
 def test_threads_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -157,6 +157,8 @@ def _print_figures(figures: Mapping[str, Any], as_json: bool) -> None:
         return
     width = max(len(name) for name in figures)
     for name, value in figures.items():
+        if value is None:
+            continue
         text = f"{value:.6g}" if isinstance(value, float) else str(value)
         click.echo(f"{name.replace('_', ' '):<{width}}  {text}")
 

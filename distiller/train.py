@@ -224,7 +224,7 @@ def summarise(
     """The figures of the run: first and last held-out ones, the objective's last state."""
     history = trainer.state.log_history
     losses = [entry for entry in history if "loss" in entry]
-    first: dict[str, Any] = next((entry for entry in history if "eval_kl" in entry), {})
+    first: dict[str, Any] = next((entry for entry in history if "eval_kl" in entry and entry["step"] == 0), {})
     summary: dict[str, Any] = {
         "output": settings.output,
         "objective": settings.objective.name,

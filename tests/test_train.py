@@ -61,6 +61,13 @@ def test_the_best_checkpoint_by_held_out_kl_is_the_one_kept_and_patience_ends_th
     assert summary["steps"] == found[1:-1].index(best) + 1 + 3
 
 
+def test_a_run_that_was_not_measured_at_first_claims_no_start(world: Path, tmp_path: Path) -> None:
+    summary = train(settings_of(world, tmp_path / "run", {"max_steps": 1, "eval_on_start": False}))
+    assert summary["start_kl"] is None
+    assert summary["held_out_kl"] > 0
+    assert "| – |" in (tmp_path / "run" / "README.md").read_text()
+
+
 def test_the_model_card_names_the_cache(world: Path, tmp_path: Path) -> None:
     summary = train(settings_of(world, tmp_path / "run", {"max_steps": 2}))
     card = (tmp_path / "run" / "README.md").read_text()

@@ -11,7 +11,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 out=${1:-$root/demo-out}
 bin=${LOGITCASK_VENV:-$root/.venv}/bin
 
-steps=80
+steps=60
 objectives=(cross_entropy taid)
 training=(--max-steps "$steps" --per-device-train-batch-size 4 --learning-rate 1e-3 --bf16 --freeze-embeddings
   --max-length 256 --seed 0)

@@ -121,9 +121,7 @@ class HFEngine:
         with torch.random.fork_rng(devices=[self._device] if self._device.type == "cuda" else []):
             torch.manual_seed(sampling.seed)
             generate: Any = self._model.generate
-            whole = generate(
-                input_ids=token_ids, attention_mask=torch.ones_like(token_ids), generation_config=config
-            )
+            whole = generate(input_ids=token_ids, attention_mask=torch.ones_like(token_ids), generation_config=config)
         answer = whole[0, len(prompt) :].cpu().numpy().astype(np.int32)
         return Answer(answer, "stop" if int(answer[-1]) in sampling.stop_token_ids else "length")
 

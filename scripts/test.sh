@@ -35,5 +35,5 @@ check ruff format --check .
 check mypy -p storage_schemas -p cache_builder -p distiller # strict by pyproject.toml
 [ -z "$failed" ] || printf '== failed:%s the tests all the same\n' "$failed"
 # Last, so that its closing line is what is seen.
-"$bin/python" -m pytest "${select[@]}" "$@"
+"$bin/python" -m pytest -n "${LOGITCASK_TEST_PROCESSES:-2}" --dist loadfile "${select[@]}" "$@"
 [ -z "$failed" ]

@@ -158,9 +158,11 @@ def test_warns_once_what_a_temperature_leaves_to_the_model() -> None:
     hidden, weight, p, labels = problem()
     objective = make_objective("forward_kl", {"temperature": 3.0})
     with pytest.warns(UserWarning, match=r"at temperature 3 the ids .* hold \d+% .*log_rest_sqrt_sum") as seen:
-        for _ in range(2):
-            distillation_loss(hidden, weight, stored(p, labels), objective, chunk_rows=2)
+        distillation_loss(hidden, weight, stored(p, labels), objective, chunk_rows=2)
     assert len([one for one in seen if "at temperature" in str(one.message)]) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        distillation_loss(hidden, weight, stored(p, labels), objective, chunk_rows=2)
     with pytest.warns(UserWarning, match="the cache holds what makes temperature 2 exact"):
         distillation_loss(
             hidden, weight, stored(p, labels, extras=True), make_objective("forward_kl", {"temperature": 3.0})

@@ -21,7 +21,7 @@ def main() -> None:
 
 
 @main.command("init-student")
-@click.option("--model", required=True, help="Directory of the model to take layers from.")
+@click.option("--model", required=True, help="Hub name or directory of the model to take layers from.")
 @click.option("--output", required=True, help="Directory to write the student to; new or empty.")
 @click.option("--keep-layers", type=int, help="How many layers to keep, evenly spread, first and last included.")
 @click.option("--layers", help="Which layers to keep, for example 0,2,5-9.")
@@ -60,7 +60,7 @@ _FLAGS = {
 
 @main.command("train")
 @click.option("--cache", help="Cache to train on: a path or an object-store URL.  [data.cache]")
-@click.option("--student", help="Directory of the student to train.  [student.path]")
+@click.option("--student", help="Hub name or directory of the student to train.  [student.path]")
 @click.option("--output", help="Directory for the trained student.  [output]")
 @click.option("--objective", help="taid, cross_entropy, forward_kl, ...  [objective.name, taid if not set]")
 @click.option("--max-steps", type=int, help="Optimiser steps; overrides --num-train-epochs.")
@@ -108,7 +108,7 @@ def train_command(
 
 
 @main.command("evaluate")
-@click.option("--student", required=True, help="Directory of the student.")
+@click.option("--student", required=True, help="Hub name or directory of the student.")
 @click.option("--cache", required=True, help="Held-out cache: a path or an object-store URL.")
 @click.option("--max-length", type=int, help="Tokens of a row; longer sequences are cut.")
 @click.option("--targets", type=click.Choice(["completion", "all"]), default="completion", help="Tokens to measure.")

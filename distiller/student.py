@@ -39,7 +39,7 @@ class OutputHead:
 
 
 def load_student(path: str, *, dtype: str = "float32", attn_implementation: str | None = None) -> Any:
-    """The model of a directory in the dtype that holds its weights; RequestError where there is none."""
+    """The model of a directory or the hub in the dtype that holds its weights; RequestError where there is none."""
     _require_checkpoint(path)
     extra = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     try:
@@ -49,7 +49,7 @@ def load_student(path: str, *, dtype: str = "float32", attn_implementation: str 
 
 
 def load_tokenizer(path: str) -> Any:
-    """The tokenizer of a directory; RequestError where there is none."""
+    """The tokenizer of a directory or hub model; RequestError where there is none."""
     _require_checkpoint(path)
     try:
         return AutoTokenizer.from_pretrained(path)
@@ -60,9 +60,12 @@ def load_tokenizer(path: str) -> Any:
 
 
 def load_config(path: str) -> Any:
-    """The configuration of a directory; RequestError where there is none."""
+    """The configuration of a directory or hub model; RequestError where there is none."""
     _require_checkpoint(path)
-    return AutoConfig.from_pretrained(path)
+    try:
+        return AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise RequestError(f"expected a model in {path}, got: {_first_line(error)}") from error
 
 
 def check_compatible(identity: CacheIdentity, tokenizer: Any, config: Any, path: str) -> None:
@@ -216,9 +219,15 @@ def _check_head(model: Any) -> None:
 
 
 def _require_checkpoint(path: str) -> None:
-    if not Path(path).is_dir():
-        raise RequestError(f"expected a directory with a model, got {path}; make one with `distiller init-student`")
-    if not (Path(path) / "config.json").is_file():
+    """A relative name that is no directory is left to transformers, which takes it for a hub model."""
+    local = Path(path)
+    if not local.is_dir():
+        if not (local.is_absolute() or path.startswith(".") or local.exists()):
+            return
+        raise RequestError(
+            f"expected a hub name or a directory with a model, got {path}; make one with `distiller init-student`"
+        )
+    if not (local / "config.json").is_file():
         raise RequestError(f"expected config.json in {path}, found none; give the directory of a saved model")
 
 

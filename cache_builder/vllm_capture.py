@@ -26,7 +26,7 @@ EXTRA_ARG = "logitcask_first_row"
 V1_HOOK = "_get_prompt_logprobs_dict"
 V2_HOOK = "prompt_logprobs_worker"
 
-_CPU_LOGITS = 1 << 24  # logits computed at once: 64 MiB of float32
+_CPU_LOGITS = 1 << 22  # logits computed at once: 16 MiB of float32; larger buffers cost more in page faults
 _CUDA_LOGITS = 1 << 26
 _PENDING = 8  # copies from the device that may be under way before the oldest is waited for
 

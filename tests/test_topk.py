@@ -33,11 +33,13 @@ def reference(logits: torch.Tensor, label_ids: torch.Tensor, top_k: int) -> dict
     }
 
 
-def check(logits: torch.Tensor, top_k: int, label_ids: torch.Tensor | None = None) -> None:
+def check(logits: torch.Tensor, top_k: int, device: str = "cpu") -> None:
     count, vocab_size = logits.shape
-    label_ids = torch.arange(count) * 7919 % vocab_size if label_ids is None else label_ids
+    label_ids = torch.arange(count) * 7919 % vocab_size
     want = reference(logits, label_ids, top_k)
-    got = reduce_rows(logits.clone(), label_ids, top_k, EXTRAS)
+    got = reduce_rows(logits.clone().to(device), label_ids.to(device), top_k, EXTRAS)
+    assert {values.device.type for values in got.values()} == {device}
+    got = {name: values.cpu() for name, values in got.items()}
     assert {name: tensor.dtype for name, tensor in got.items()} == {
         name: torch.int32 if name == "top_ids" else torch.float32 for name in want
     }
@@ -125,6 +127,17 @@ def test_threads_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(before)
     for name, values in alone.items():
         assert torch.equal(values, shared[name]), name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocab_size", [300, 50257, 151936])
+def test_on_a_device(vocab_size: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(5)
+    logits = (torch.randn(300, vocab_size) * 3).to(dtype)
+    logits[0] = 1.0
+    for top_k in (1, 64, 128):
+        check(logits, top_k, "cuda")
 
 
 @settings(max_examples=200, deadline=None)

@@ -50,7 +50,7 @@ class Head:
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         self.calls.append(len(hidden))
-        return hidden @ HEAD
+        return hidden @ HEAD.to(hidden.device)
 
 
 Step = Sequence[tuple[Request, int, int]]  # request, tokens computed before, tokens of this step
@@ -187,6 +187,20 @@ def test_every_position_once(runner_type: type, schedule: str, requests: list[Re
     assert wrap_runner(runner, lambda: capture) is None
     runner.run(schedules(requests)[schedule])
     capture.drain(wait=True)
+    check(sink, requests)
+
+
+@pytest.mark.gpu
+def test_every_position_once_from_a_device(requests: list[Request], sink: RowSink) -> None:
+    for request in requests:
+        request.hidden = request.hidden.cuda()
+    runner = V1Runner()
+    capture = RowCapture(VOCAB, TOP_K, EXTRAS, sink)
+    wrap_runner(runner, lambda: capture)
+    runner.run(schedules(requests)["chunked"])
+    capture.drain(wait=True)
+    for request in requests:
+        request.hidden = request.hidden.cpu()
     check(sink, requests)
 
 

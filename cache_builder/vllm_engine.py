@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import gc
 import logging
 import math
@@ -23,7 +22,8 @@ from cache_builder.engine_settings import EngineSettings, check_capture, check_s
 from cache_builder.prompt_logprobs import count_asked, read_output
 from cache_builder.row_sink import RowSink
 from cache_builder.scored_sequence import make_record
-from cache_builder.vllm_capture import EXTRA_ARG, CaptureExtension
+from cache_builder.vllm_arguments import engine_arguments
+from cache_builder.vllm_capture import EXTRA_ARG
 from storage_schemas.errors import RequestError
 from storage_schemas.records import Int32, SequenceTopK, TokenSequence
 
@@ -32,18 +32,11 @@ _ENVIRONMENT = {
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
 }
 _ONE_TOKEN_MORE = {"VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1"}  # room for the sampled token, which is never read
-_OURS = {"name", "head_dtype", "max_model_len", "capture_path", "extra_args"}
-_FIXED = {
-    "skip_tokenizer_init": True,  # ids in, ids out
-    "enable_prefix_caching": False,  # a cached prefix is never computed, so its rows would be missing
-    "worker_extension_cls": f"{CaptureExtension.__module__}.{CaptureExtension.__qualname__}",
-}
 _PREFILL = {"max_tokens": 1, "temperature": 0.0, "detokenize": False, "skip_reading_prefix_cache": True}
 _MOST_BIASED_IDS = 1024
 """vLLM's own limit on logit_bias."""
 _LOGGING = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_LOGGING_STREAM": "ext://sys.stderr"}
 _set_num_threads = torch.set_num_threads  # vLLM's CPU worker puts a stub in its place
-_CPU_KV_CACHE_BYTES = 2 << 30
 _EXPECTED_FROM = ("vllm.renderers.base", "vllm.engine.arg_utils", "vllm.config.model")
 _EXPECTED = (
     "Chat template warmup failed",  # no tokenizer is loaded: ids in, ids out
@@ -68,7 +61,10 @@ class VLLMEngine:
         self._vllm = vllm
         self._capture = capture
         self._llm: Any = None
-        arguments = _engine_arguments(settings)
+        from vllm.platforms import current_platform
+
+        known = {field.name for field in dataclasses.fields(vllm.EngineArgs)}
+        arguments = engine_arguments(settings, known, current_platform.is_cpu())
         with _environment(_ENVIRONMENT), _quiet(), _refusals(settings):
             config = vllm.EngineArgs(**arguments, max_model_len=settings.max_model_len).create_model_config()
             self._model_vocab_size = int(config.get_vocab_size())
@@ -242,30 +238,6 @@ def _read_sink(sequence: TokenSequence, sink: RowSink, rows: slice) -> SequenceT
     column = {name: values[rows] for name, values in sink.columns.items() if name not in ("label_ids", "done")}
     main = {name: column.pop(name) for name in ("top_ids", "top_logprobs", "log_tail_mass", "label_logprob")}
     return make_record(sequence, **main, extras=column)
-
-
-def _engine_arguments(settings: EngineSettings) -> dict[str, Any]:
-    """Arguments of vllm.LLM; raises RequestError for one that vLLM does not know or that is set elsewhere."""
-    from vllm.engine.arg_utils import EngineArgs
-    from vllm.platforms import current_platform
-
-    arguments = settings.model_dump(exclude_none=True, exclude=_OURS)
-    known = {field.name for field in dataclasses.fields(EngineArgs)}
-    for name in settings.extra_args:
-        if name not in known:
-            close = difflib.get_close_matches(name, sorted(known), n=1)
-            hint = f"did you mean {close[0]!r}?" if close else "see the fields of vllm.EngineArgs"
-            raise RequestError(f"vLLM has no engine argument {name!r}; {hint}")
-        if name in _FIXED or name == "max_logprobs" or name in EngineSettings.model_fields:
-            raise RequestError(f"expected no {name!r} in extra_args, where it cannot be set; drop it there")
-    arguments |= {"use_tqdm_on_load": False, **settings.extra_args, **_FIXED}
-    if settings.head_dtype == "float32":
-        arguments["hf_overrides"] = {**arguments.get("hf_overrides", {}), "head_dtype": "float32"}
-    sized = {"gpu_memory_utilization", "kv_cache_memory_bytes"} & arguments.keys()
-    if current_platform.is_cpu() and not sized and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
-        # vLLM's default on the CPU is nearly all of the machine's memory.
-        arguments["kv_cache_memory_bytes"] = _CPU_KV_CACHE_BYTES
-    return arguments
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 
-from cache_builder import vllm_capture, vllm_engine
+from cache_builder import vllm_arguments, vllm_capture, vllm_engine
 from cache_builder.engine import Capture, Sampling
 from cache_builder.engine_settings import EngineSettings, open_engine
 from storage_schemas.errors import RequestError
@@ -256,7 +256,7 @@ def test_a_planted_teacher_is_read_at_every_position(monkeypatch: pytest.MonkeyP
     # The same token after other tokens, at other places: whoever mixes up rows or requests is found out. Prefix
     # caching is on against our settings, and the batch is repeated: a warm cache would leave rows out.
     _, _, logits = planted_weights()
-    monkeypatch.setitem(vllm_engine._FIXED, "enable_prefix_caching", True)
+    monkeypatch.setitem(vllm_arguments.FIXED, "enable_prefix_caching", True)
     capture = Capture(TOP_K, VOCAB)
     engine = open_vllm(planted, capture, capture_path="worker", extra_args={"block_size": 32})
     sequences = [*make_sequences(), *make_sequences()[:3]]
@@ -283,6 +283,20 @@ def test_the_public_path_drops_padded_ids_and_says_what_it_cannot(planted: Path)
         assert any((best[record.token_ids] >= VOCAB).any() for record in records)  # padding was there to drop
     finally:
         engine.close()
+
+
+def test_a_float32_head_on_a_half_precision_model(tiny: Path) -> None:
+    engine = open_vllm(tiny, Capture(TOP_K, VOCAB), dtype="bfloat16", head_dtype="float32")
+    try:
+        assert {name: engine.provenance()[name] for name in ("dtype", "head_dtype")} == {
+            "dtype": "bfloat16",
+            "head_dtype": "float32",
+        }
+        records = score(engine)
+    finally:
+        engine.close()
+    ties = sum((np.diff(record.top_logprobs, axis=1) == 0).sum() for record in records)
+    assert ties == 0  # a bfloat16 head has 8 bits for a logit: a fifth of these neighbours would tie
 
 
 @pytest.mark.parametrize(

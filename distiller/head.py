@@ -21,7 +21,8 @@ from storage_schemas.errors import RequestError
 __all__ = ["HeadOutput", "StudentRows", "TeacherRows", "distillation_loss", "student_rows"]
 
 CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
-"""What the two float32 [rows, V] buffers of a chunk may take together. A GPU wants larger matrices."""
+"""What the two float32 [rows, V] buffers of a chunk may take together, or half of what d weight takes if that is more:
+every chunk reads and writes d weight once. A GPU wants larger matrices."""
 
 BLOCK_IDS = 16384
 """How many rows of d weight are made at once where they cannot be added up in place."""
@@ -174,7 +175,9 @@ class _Head:
         """(rows, logits [R, V], scratch [R, V]) in turn; both buffers are used again for the next chunk."""
         count, dtype = hidden.shape[0], self.matmul_dtype
         weight = self.weight.detach()[: self.columns].to(dtype)
-        budget = CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cuda"])
+        budget = max(
+            CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cuda"]), weight.numel() * self.row_dtype.itemsize // 2
+        )
         size = min(count, self.chunk_rows or max(1, budget // (2 * self.row_dtype.itemsize * self.columns)))
         buffers = torch.empty(2, size, self.columns, dtype=self.row_dtype, device=hidden.device)
         for start in range(0, count, size):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -39,14 +41,9 @@ def find_teacher(settings: EngineSettings) -> Teacher:
     from transformers import AutoConfig, AutoTokenizer
 
     directory, revision = _find_directory(settings)
-    try:
+    with _refusals(settings):
         config = AutoConfig.from_pretrained(directory, trust_remote_code=settings.trust_remote_code)
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=settings.trust_remote_code)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise RequestError(
-            f"expected a transformers model with its tokenizer in {settings.model!r}: {reason}"
-        ) from error
     dtype = _resolve_dtype(settings, getattr(config.get_text_config(), "dtype", None))
     quantization = settings.quantization or (getattr(config, "quantization_config", None) or {}).get("quant_method")
     vocabulary = tokenizer.get_vocab()
@@ -74,14 +71,21 @@ def find_tokenizer(settings: EngineSettings) -> tuple[PreTrainedTokenizerBase, i
     from transformers import AutoTokenizer
 
     directory, _ = _find_directory(settings, weights=False)
-    try:
+    with _refusals(settings):
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=settings.trust_remote_code)
+    return tokenizer, max(tokenizer.get_vocab().values()) + 1
+
+
+@contextmanager
+def _refusals(settings: EngineSettings) -> Iterator[None]:
+    """What transformers objects to in a model's directory, as RequestError."""
+    try:
+        yield
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise RequestError(
             f"expected a transformers model with its tokenizer in {settings.model!r}: {reason}"
         ) from error
-    return tokenizer, max(tokenizer.get_vocab().values()) + 1
 
 
 def _find_directory(settings: EngineSettings, *, weights: bool = True) -> tuple[Path, str | None]:

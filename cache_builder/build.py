@@ -17,8 +17,8 @@ from tqdm import tqdm
 from cache_builder.config import BuildSettings
 from cache_builder.corpus import Corpus, describe_segment, plan_shards
 from cache_builder.engine import Capture, GeneratingEngine, TeacherEngine
-from cache_builder.engine_settings import open_engine
 from cache_builder.generate import Generation, describe_generation, find_stop_token_ids
+from cache_builder.open_engine import open_engine
 from cache_builder.prompts import Prompts
 from cache_builder.teacher import Teacher, find_teacher
 from storage_schemas.codecs import get_codec

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from cache_builder.engine import Capture, GeneratingEngine
+from cache_builder.engine import Capture
 from storage_schemas.errors import RequestError
 from storage_schemas.records import EXTRAS, TokenSequence
 from storage_schemas.settings import Settings
@@ -42,17 +42,6 @@ class EngineSettings(Settings):
     seed: int = 0
     capture_path: Literal["auto", "worker", "public"] = "auto"
     extra_args: dict[str, Any] = Field(default_factory=dict)
-
-
-def open_engine(settings: EngineSettings, capture: Capture) -> GeneratingEngine:
-    """Load the teacher that the settings name; raises RequestError where it cannot give what `capture` asks for."""
-    if settings.name == "hf":
-        from cache_builder.hf_engine import HFEngine
-
-        return HFEngine(settings, capture)
-    from cache_builder.vllm_engine import VLLMEngine
-
-    return VLLMEngine(settings, capture)
 
 
 def check_capture(capture: Capture, model_vocab_size: int) -> None:

@@ -15,13 +15,13 @@ from tqdm import tqdm
 from cache_builder.config import BuildSettings
 from cache_builder.corpus import Corpus, CorpusCounts
 from cache_builder.engine import Capture
-from cache_builder.engine_settings import open_engine
+from cache_builder.open_engine import open_engine
 from cache_builder.teacher import find_teacher, find_tokenizer
 from storage_schemas.codecs import RowLayout, bound_payload, get_codec
-from storage_schemas.containers import StoredSequence, get_container
+from storage_schemas.containers import get_container
 from storage_schemas.errors import RequestError
 from storage_schemas.manifest import CacheIdentity, CaptureIdentity
-from storage_schemas.records import TokenSequence
+from storage_schemas.records import StoredSequence, TokenSequence
 from storage_schemas.writer import CacheWriter
 
 SEED = 0

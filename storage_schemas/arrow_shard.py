@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import pyarrow as pa
 
-from storage_schemas.containers import StoredSequence
+from storage_schemas.records import StoredSequence
 
 _FIELDS: dict[str, pa.DataType] = {
     "sequence_id": pa.string(),

@@ -6,16 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from storage_schemas.errors import RequestError
-
-
-@dataclass(frozen=True)
-class StoredSequence:
-    """One row of a shard: a payload and what a plain reader wants to know of it."""
-
-    sequence_id: str
-    document_id: str
-    tokens: int
-    payload: bytes
+from storage_schemas.records import StoredSequence
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,16 @@ class SequenceTopK(TokenSequence):
         return int(self.top_ids.shape[1])
 
 
+@dataclass(frozen=True)
+class StoredSequence:
+    """One row of a shard: a payload and what a plain reader wants to know of it."""
+
+    sequence_id: str
+    document_id: str
+    tokens: int
+    payload: bytes
+
+
 def sort_rows(top_ids: NDArray[np.integer], top_logprobs: NDArray[np.floating]) -> tuple[Int32, Float32]:
     """Rows [T, k] in the stored order: descending log-probability, ties by ascending id."""
     order = np.lexsort((top_ids, -top_logprobs), axis=-1)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 import google_crc32c
 
 from storage_schemas.codecs import encode_sequence, get_codec
-from storage_schemas.containers import StoredSequence, get_container
+from storage_schemas.containers import get_container
 from storage_schemas.errors import CorruptShard, IdentityMismatch, RequestError
 from storage_schemas.manifest import (
     CacheIdentity,
@@ -23,7 +23,7 @@ from storage_schemas.manifest import (
     describe_differences,
     parse_document,
 )
-from storage_schemas.records import SequenceTopK, find_defect
+from storage_schemas.records import SequenceTopK, StoredSequence, find_defect
 from storage_schemas.storage import Storage, open_storage
 
 logger = logging.getLogger(__name__)

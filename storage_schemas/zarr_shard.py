@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from zarr.codecs import BytesCodec, Crc32cCodec
 from zarr.storage import MemoryStore
 
-from storage_schemas.containers import StoredSequence
+from storage_schemas.records import StoredSequence
 
 _PAYLOAD_CHUNK = "payload/c/0"
 

@@ -21,9 +21,10 @@ from cache_builder.build import run
 from cache_builder.cli import main
 from cache_builder.config import BuildSettings
 from cache_builder.engine import Capture, Sampling
-from cache_builder.engine_settings import EngineSettings, open_engine
+from cache_builder.engine_settings import EngineSettings
 from cache_builder.generate import derive_seed
 from cache_builder.hf_engine import HFEngine
+from cache_builder.open_engine import open_engine
 from storage_schemas.errors import CorruptShard, IdentityMismatch, RequestError
 from storage_schemas.reader import CacheReader
 

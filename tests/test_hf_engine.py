@@ -11,8 +11,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from cache_builder.engine import Capture
-from cache_builder.engine_settings import EngineSettings, open_engine
+from cache_builder.engine_settings import EngineSettings
 from cache_builder.hf_engine import HFEngine
+from cache_builder.open_engine import open_engine
 from storage_schemas.errors import RequestError
 from storage_schemas.records import EXTRAS, SequenceTopK, TokenSequence, find_defect
 

@@ -21,7 +21,8 @@ import torch
 
 from cache_builder import vllm_arguments, vllm_capture, vllm_engine
 from cache_builder.engine import Capture, Sampling
-from cache_builder.engine_settings import EngineSettings, open_engine
+from cache_builder.engine_settings import EngineSettings
+from cache_builder.open_engine import open_engine
 from storage_schemas.errors import RequestError
 from storage_schemas.records import EXTRAS, SequenceTopK, TokenSequence, find_defect
 

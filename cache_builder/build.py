@@ -70,8 +70,10 @@ def run(settings: BuildSettings, *, progress: bool = True) -> BuildResult:
             writer.record_provenance({**engine.provenance(), **_arguments(settings)})
             return engine
 
-        find = _find_plan if settings.generate is None else _generate
-        corpus, plan = find(writer, settings, teacher, load_teacher, progress=progress)
+        if settings.generate is None:
+            corpus, plan = _find_plan(writer, settings, teacher, progress=progress)
+        else:
+            corpus, plan = _generate(writer, settings, teacher, load_teacher, progress=progress)
         worker, workers = settings.cache.worker_of
         pending = [ordinal for ordinal in writer.pending(plan) if ordinal % workers == worker]
         if pending:
@@ -114,12 +116,7 @@ def _arguments(settings: BuildSettings) -> dict[str, str]:
 
 
 def _find_plan(
-    writer: CacheWriter,
-    settings: BuildSettings,
-    teacher: Teacher,
-    load_teacher: Callable[[], GeneratingEngine],
-    *,
-    progress: bool,
+    writer: CacheWriter, settings: BuildSettings, teacher: Teacher, *, progress: bool
 ) -> tuple[Corpus, Plan]:
     """The corpus, and its stored plan; made now, by one pass over the documents, where there is none."""
     corpus = Corpus.open(settings.corpus, teacher.tokenizer, teacher.tokenizer_identity.vocab_size)

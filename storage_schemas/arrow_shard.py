@@ -1,8 +1,7 @@
 """Payloads ↔ one Arrow IPC file: one record batch with a row per sequence.
 
 `pyarrow.ipc.open_file(path).read_pandas()` opens it. Our reader does not: it takes a payload's range from the index.
-One batch for the whole shard and not one per sequence: a batch costs about 600 bytes of metadata, six bytes a token
-on a corpus of short answers.
+One batch for the whole shard and not one per sequence: a batch's metadata would weigh on a corpus of short answers.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """One sequence ↔ one byte string.
 
 A payload is a header, the lengths of its sections (little-endian uint32), and the sections: planes of one kind, each
-its own zstd frame, so that a byte histogram is learned per plane and not once for all (on real rows of a 135 M
-teacher, k = 64: 145 bytes a token against 154 in one frame). How the log-probabilities become planes is the codec's
-business; ids, token ids, mask and label are the same for all.
+its own zstd frame, so that a byte histogram is learned per plane and not once for all. How the log-probabilities become
+planes is the codec's business; ids, token ids, mask and label are the same for all.
 
 A codec is named in a cache's identity. Its `error_bound` says how far a decoded log-probability may be from the
 encoded one, and holds for every input.
@@ -209,7 +208,7 @@ def decode_sequence(
 def bound_payload(codec: ValueCodec, layout: RowLayout, tokens: int) -> int:
     """Bytes that the payload of a sequence of so many tokens cannot exceed: its sections as if none of them could be
     compressed, and zstd's own bound on what a frame adds."""
-    sizes = [int(np.prod(shape)) * dtype.itemsize for dtype, shape in _section_shapes(codec, layout, tokens)]
+    sizes = [_plane_bytes(*section) for section in _section_shapes(codec, layout, tokens)]
     frames = [size + (size >> 8) + max(0, (1 << 17) - size >> 11) for size in sizes if size]  # ZSTD_COMPRESSBOUND
     return 4 * (1 + len(sizes)) + sum(frames)
 
@@ -228,8 +227,12 @@ def _section_shapes(codec: ValueCodec, layout: RowLayout, tokens: int) -> list[P
     ]
 
 
+def _plane_bytes(dtype: np.dtype[np.generic], shape: tuple[int, ...]) -> int:
+    return math.prod(shape) * dtype.itemsize
+
+
 def _open_section(frame: memoryview, dtype: np.dtype[np.generic], shape: tuple[int, ...], sequence_id: str) -> Plane:
-    size = math.prod(shape) * dtype.itemsize
+    size = _plane_bytes(dtype, shape)
     if size == 0:
         return np.zeros(shape, dtype)
     try:

@@ -32,6 +32,7 @@ class CacheReader:
         self.storage = storage
         self.identity = identity
         self.manifest = manifest
+        self._count = sum(shard.sequences for shard in manifest.shards)
         self._codec = check_codec_version(identity.codec)
         self._layout = identity.layout
 
@@ -52,7 +53,7 @@ class CacheReader:
         return reader
 
     def __len__(self) -> int:
-        return sum(shard.sequences for shard in self.manifest.shards)
+        return self._count
 
     @property
     def url(self) -> str:

@@ -135,10 +135,11 @@ class CacheWriter:
             lengths=tuple(len(row.payload) for row in rows),
             crc32c=tuple(google_crc32c.value(row.payload) for row in rows),
         )
+        index_content = index.to_json()
         self.committed_tokens += sum(index.tokens)
-        self.committed_bytes += len(content) + len(index.to_json())
+        self.committed_bytes += len(content) + len(index_content)
         self.storage.put_new(index.file, content)
-        if self.storage.put_new(_index_name(ordinal), index.to_json()):
+        if self.storage.put_new(_index_name(ordinal), index_content):
             return True
         if self._index(ordinal)[1].file != index.file:
             self.storage.remove(index.file)

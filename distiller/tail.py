@@ -83,7 +83,7 @@ class StudentTail(Tail):
         """[R, nodes] shifts of log((p/q)^a) and [nodes] log-weights; Σ weight · exp(shift) = 1.
 
         κ is the spread where the mass lies. The many small ids that a power a < 1 counts have another, so that it says
-        nothing of Σ p^a itself: that stays the student's (measured at temperature 2: a quarter of the error).
+        nothing of Σ p^a itself: that stays the student's.
         """
         stored = known.teacher.top_ids.shape[1]
         if not self.kappa:
